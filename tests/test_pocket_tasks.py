@@ -1,0 +1,114 @@
+"""The pocket tasks can be checked, stay apart by the held-out rule, and the shipped files obey it."""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import pocket_tasks  # noqa: E402
+
+POCKET = ROOT / "true_kd" / "pocket"
+every_domain = pytest.mark.parametrize("domain", pocket_tasks.DOMAINS)
+
+
+def draw(domain: str, count: int) -> list[pocket_tasks.Task]:
+    """Tasks of one domain from a fixed seed."""
+    rng = random.Random(3)
+    return [pocket_tasks.generate(domain, rng) for _ in range(count)]
+
+
+def read_lines(path: Path) -> list[dict[str, str]]:
+    """The objects of a jsonl file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@every_domain
+def test_the_ideal_reply_passes_the_check(domain):
+    assert all(pocket_tasks.is_correct(task.reply, task.answer) for task in draw(domain, 300))
+
+
+@every_domain
+def test_the_reply_to_another_task_fails_the_check(domain):
+    for task, other in zip(draw(domain, 300), draw(domain, 301)[1:], strict=True):
+        assert pocket_tasks.is_correct(other.reply, task.answer) == (other.answer == task.answer)
+        assert not pocket_tasks.is_correct(f"{task.reply} indeed", task.answer)
+
+
+@every_domain
+def test_one_seed_gives_one_sequence_of_tasks(domain):
+    assert draw(domain, 20) == draw(domain, 20)
+
+
+@every_domain
+def test_a_domain_holds_thousands_of_held_out_tasks(domain):
+    drawn = {task.prompt for task in draw(domain, 4000)}
+    # 3,800 of 4,000 draws distinct puts the space above 35,000 tasks, an eighth of it held out.
+    assert len(drawn) > 3800
+
+
+@every_domain
+def test_training_and_held_out_tasks_never_meet(domain):
+    rng = random.Random(4)
+    training = {pocket_tasks.generate_split(domain, rng, held_out=False).prompt for _ in range(300)}
+    held_out = {pocket_tasks.generate_split(domain, rng, held_out=True).prompt for _ in range(50)}
+    assert not training & held_out
+    assert not any(map(pocket_tasks.is_held_out, training))
+    assert all(map(pocket_tasks.is_held_out, held_out))
+
+
+def test_the_check_reads_the_last_marker_and_collapses_whitespace():
+    assert pocket_tasks.is_correct("answer: 1\nno, wait\nanswer:  two \n words ", "two words")
+    assert pocket_tasks.is_correct(" two\nwords", "two words")
+    assert not pocket_tasks.is_correct("answer: two words\nanswer:", "two words")
+
+
+def test_a_tool_call_is_json_that_names_an_offered_tool():
+    for task in draw("action", 100):
+        offered = task.prompt.removeprefix("Tools: ").partition(".")[0].split(", ")
+        assert json.loads(task.answer)["tool"] in offered
+
+
+def test_a_mended_program_prints_and_the_shown_one_does_not():
+    for task in draw("debug", 100):
+        lines = task.prompt.splitlines()[1:]
+        number, _, mended = task.answer.partition(" ")
+        fixed = [mended if line.startswith(f"{number} ") else line[2:] for line in lines]
+        exec("\n".join(fixed), {"print": lambda value: value})
+        with pytest.raises((NameError, SyntaxError)):
+            exec("\n".join(line[2:] for line in lines), {"print": lambda value: value})
+
+
+@every_domain
+def test_shipped_prompts_are_unique_and_obey_the_held_out_rule(domain):
+    train = [row["prompt"] for row in read_lines(POCKET / "prompts" / domain / "train.jsonl")]
+    valid = [row["prompt"] for row in read_lines(POCKET / "prompts" / domain / "valid.jsonl")]
+    assert len({*train, *valid}) == len(train) + len(valid)
+    assert not any(map(pocket_tasks.is_held_out, train))
+    assert all(map(pocket_tasks.is_held_out, valid))
+
+
+def test_the_models_share_one_tokenizer_that_loses_no_text():
+    teacher, student = (POCKET / name / "tokenizer.json" for name in ("teacher", "student"))
+    assert teacher.read_bytes() == student.read_bytes()
+    tokenizer = Tokenizer.from_file(str(teacher))
+    texts = [text for domain in pocket_tasks.DOMAINS for task in draw(domain, 20) for text in (task.prompt, task.reply)]
+    for text in [*texts, "naïve café, 東京, \t tabs\r\n"]:
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+@every_domain
+def test_a_task_fits_in_eighty_tokens(domain):
+    tokenizer = Tokenizer.from_file(str(POCKET / "teacher" / "tokenizer.json"))
+    for task in draw(domain, 200):
+        turns = f"<|im_start|>user\n{task.prompt}<|im_end|><|im_start|>assistant\n{task.reply}<|im_end|>"
+        assert len(tokenizer.encode(turns).ids) <= 80
+
+
+def test_the_pocket_stays_below_eight_megabytes():
+    assert sum(path.stat().st_size for path in POCKET.rglob("*") if path.is_file()) <= 8_000_000

@@ -1,0 +1,86 @@
+"""The layout of an adapter folder: what mlx-lm reads, and what true-kd adds beside it.
+
+`adapters.safetensors` and `adapter_config.json` load unchanged in mlx-lm; every checkpoint folder holds the same two.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from true_kd.errors import CacheError
+from true_kd.files import write_atomic, write_json
+from true_kd.models import LoraOptions, lora_parameters
+
+WEIGHTS = "adapters.safetensors"
+CONFIG = "adapter_config.json"
+METRICS = "kd_metrics.json"
+RUN = "run.json"
+SUMMARY = "kd_summary.json"
+
+
+def checkpoint_folder(folder: Path, iteration: int) -> Path:
+    """Where the checkpoint of an iteration lies."""
+    return folder / f"checkpoint_{iteration}"
+
+
+def save_adapter(
+    folder: Path, weights: Mapping[str, mx.array], lora: LoraOptions, student: str, settings: Mapping[str, Any]
+) -> None:
+    """Write weights and config; `settings` are the KD settings that the config carries besides mlx-lm's own keys."""
+    mx.eval(list(weights.values()))
+    config = {
+        "fine_tune_type": lora.type,
+        "num_layers": lora.num_layers,
+        "lora_parameters": lora_parameters(lora),
+        "model": student,
+        "true_kd": dict(settings),
+    }
+    write_json(folder / CONFIG, config)
+    write_atomic(folder / WEIGHTS, lambda path: mx.save_safetensors(str(path), dict(weights)))
+
+
+def load_adapter(module: nn.Module, folder: Path) -> None:
+    """Put a saved adapter on a freshly opened model, all of it.
+
+    Raises
+    ------
+    CacheError
+        when the folder's tensors are not exactly those its config describes; mlx-lm itself takes a part silently.
+    """
+    from mlx_lm.tuner.utils import load_adapters
+
+    try:
+        load_adapters(module, str(folder))
+        expected = {
+            name
+            for name in _adapter_names(module)
+            if name.rsplit(".", 1)[-1] in ("lora_a", "lora_b", "m")
+        }
+        found = set(mx.load(str(folder / WEIGHTS)))
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+        raise CacheError(f"{folder}: not an adapter of this student ({error}). Distil it again.") from error
+    if found != expected:
+        raise CacheError(
+            f"{folder / WEIGHTS}: {len(found)} tensors, expected the {len(expected)} of its config. Distil it again."
+        )
+    mx.eval(module.parameters())
+
+
+def _adapter_names(module: nn.Module) -> list[str]:
+    from mlx.utils import tree_flatten
+
+    return [name for name, _ in tree_flatten(module.parameters())]
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file of ours; None where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,102 @@
+"""Examples to batches: order, length bucketing and padding.
+
+The batch of a step is a pure function of the examples, the seed and the step, so a run can stop and go on anywhere.
+Within an epoch every example comes exactly once, the last partial batch included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from jaxtyping import Int
+from pydantic import Field
+
+from true_kd.examples import Example
+from true_kd.losses import TokenTargets
+from true_kd.options import Options, PositiveInt
+
+
+class BatchOptions(Options):
+    """How examples are grouped."""
+
+    batch_size: PositiveInt = 4
+    """Sequences in a micro-batch."""
+    max_seq_length: PositiveInt = Field(default=2048, ge=8)
+    """Longest sequence in tokens, prompt and response; longer responses are cut at the end, and counted."""
+    bucket: PositiveInt = 16
+    """Batches whose examples are sorted by length together: larger pads less and mixes less."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded sequences and, flattened over the batch, their R response tokens."""
+
+    tokens: Int[mx.array, "batch sequence"]
+    """Right-padded with id 0: under causal attention padding on the right reaches nothing before it."""
+    rows: Int[mx.array, " rows"]
+    """Positions in the flattened `tokens` that predict a response token."""
+    labels: Int[mx.array, " rows"]
+    targets: TokenTargets
+    response_tokens: int
+    padded_tokens: int
+    """Batch times sequence: what the body computes."""
+
+
+def epoch_batches(lengths: Sequence[int], options: BatchOptions, seed: int, epoch: int) -> list[list[int]]:
+    """Example indices of each batch of an epoch, in the order they are trained.
+
+    Shuffled, sorted by length within stretches of `bucket` batches, cut into batches, and the batches shuffled.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(lengths))
+    stretch = options.batch_size * options.bucket
+    batches = []
+    for start in range(0, len(order), stretch):
+        block = sorted(order[start : start + stretch], key=lambda index: (lengths[index], index))
+        batches += [block[at : at + options.batch_size] for at in range(0, len(block), options.batch_size)]
+    return [[int(index) for index in batches[at]] for at in rng.permutation(len(batches))]
+
+
+def batch_indices(lengths: Sequence[int], options: BatchOptions, seed: int, step: int) -> list[int]:
+    """Example indices of micro-batch `step`, counted from 0 over all epochs."""
+    per_epoch = -(-len(lengths) // options.batch_size)
+    epoch, position = divmod(step, per_epoch)
+    return epoch_batches(lengths, options, seed, epoch)[position]
+
+
+def collate(examples: Sequence[Example], temperature: float) -> Batch:
+    """Pad examples to one length, and lay out their targets at the loss temperature."""
+    width = max(len(example) for example in examples)
+    tokens = np.zeros((len(examples), width), dtype=np.int32)
+    for index, example in enumerate(examples):
+        tokens[index, : len(example)] = example.tokens
+    rows = np.concatenate([example.rows + index * width for index, example in enumerate(examples)])
+    labels = np.concatenate([example.response for example in examples])
+    return Batch(
+        tokens=mx.array(tokens),
+        rows=mx.array(rows.astype(np.int32)),
+        labels=mx.array(labels),
+        targets=_pad_targets(examples, temperature),
+        response_tokens=len(labels),
+        padded_tokens=tokens.size,
+    )
+
+
+def _pad_targets(examples: Sequence[Example], temperature: float) -> TokenTargets:
+    softened = [example.targets.at_temperature(temperature) for example in examples]
+    counts = np.concatenate([np.diff(example.targets.offsets) for example in examples])
+    filled = np.arange(counts.max(initial=1))[None] < counts[:, None]
+
+    def padded(values: list[np.ndarray], dtype: type) -> mx.array:
+        out = np.zeros(filled.shape, dtype=dtype)
+        out[filled] = np.concatenate(values)
+        return mx.array(out)
+
+    return TokenTargets(
+        ids=padded([example.targets.ids for example in examples], np.int32),
+        weights=padded([weights for weights, _ in softened], np.float32),
+        logprobs=padded([logprobs for _, logprobs in softened], np.float32),
+    )

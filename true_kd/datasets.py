@@ -1,0 +1,105 @@
+"""From a job's prompts and the teacher's cached targets to the examples that the student trains and validates on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from true_kd.cache import CachedReply
+from true_kd.capture import TeacherPrompt
+from true_kd.errors import InputError
+from true_kd.examples import Example, make_example, render
+from true_kd.jobs import Job
+from true_kd.models import LanguageModel
+from true_kd.prompts import Prompt
+from true_kd.reporting import DataCounts
+from true_kd.vocabulary import VocabularyMap
+
+
+@dataclass(frozen=True)
+class DomainData:
+    """What a domain's student meets."""
+
+    train: list[Example]
+    valid: list[Example]
+    checkable: list[tuple[Prompt, np.ndarray]]
+    """Validation prompts with an answer, and the teacher's reply in the student's token ids."""
+    counts: DataCounts
+
+
+def build_data(job: Job, student: LanguageModel) -> DomainData:
+    """Read the job's targets and lay them out in the student's tokens.
+
+    The prompt is rendered by the student's own chat template, since that is what it will meet; the reply is the
+    teacher's, id by id.
+
+    Raises
+    ------
+    InputError
+        when no training or no validation example is left.
+    """
+    targets, config = job.targets, job.config
+    keys = [prompt.key for prompt in (*targets.train, *targets.valid)]
+    replies = targets.cache.read(dict.fromkeys(keys))
+    splits = {
+        "train": _Split(job.train_prompts, targets.train),
+        "valid": _Split(job.valid_prompts, targets.valid),
+    }
+    examples = {name: split.examples(replies, student, job) for name, split in splits.items()}
+    for name, found in examples.items():
+        if not found:
+            raise InputError(
+                f"{job.domain}: none of the {len(splits[name].prompts)} {name} examples can be trained, expected at "
+                f"least one. Prompts must leave room for a reply within training.max_seq_length="
+                f"{config.training.max_seq_length}."
+            )
+    checkable = [
+        (prompt, job.vocabulary.ids[replies[asked.key].tokens])
+        for prompt, asked in zip(job.valid_prompts, targets.valid, strict=True)
+        if prompt.answer is not None
+    ]
+    counts = DataCounts(
+        train_examples=len(examples["train"]),
+        valid_examples=len(examples["valid"]),
+        train_response_tokens=sum(len(example.response) for example in examples["train"]),
+        train_tokens=sum(len(example) for example in examples["train"]),
+        truncated=sum(split.truncated for split in splits.values()),
+        dropped=sum(split.dropped for split in splits.values()),
+        cut_replies=sum(replies[key].finished == "length" for key in keys),
+        cache_bytes=targets.cache.size(keys),
+    )
+    return DomainData(examples["train"], examples["valid"], checkable, counts)
+
+
+class _Split:
+    """Training or validation prompts; counts what `examples` had to cut or leave out."""
+
+    def __init__(self, prompts: Sequence[Prompt], asked: Sequence[TeacherPrompt]) -> None:
+        self.prompts = prompts
+        self._asked = asked
+        self.truncated = 0
+        self.dropped = 0
+
+    def examples(self, replies: dict[str, CachedReply], student: LanguageModel, job: Job) -> list[Example]:
+        limit = job.config.training.max_seq_length
+        found = []
+        for prompt, asked in zip(self.prompts, self._asked, strict=True):
+            reply = _in_student_ids(replies[asked.key], job.vocabulary)
+            opening = render(prompt, student.tokenizer, student.stop_ids, student.name).prompt
+            example = reply and make_example(opening, reply.tokens, reply.targets, prompt.where, limit)
+            if not example:
+                self.dropped += 1
+                continue
+            self.truncated += len(example.response) < len(reply.tokens)
+            found.append(example)
+        return found
+
+
+def _in_student_ids(reply: CachedReply, vocabulary: VocabularyMap) -> CachedReply | None:
+    """The reply in the student's vocabulary; None when it has a token there is no id for."""
+    tokens = vocabulary.ids[reply.tokens]
+    if (tokens < 0).any():
+        return None
+    return CachedReply(tokens, reply.finished, reply.targets.with_ids(vocabulary.ids))

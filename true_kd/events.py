@@ -1,0 +1,96 @@
+"""What a run tells whoever watches it: the records that `pipeline.distill` yields, in the order of their happening."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from true_kd.capture import CaptureProgress
+from true_kd.reporting import DataCounts, KDResult, Validation
+from true_kd.training import StepMetrics
+
+
+@dataclass(frozen=True)
+class TeacherOpening:
+    """The teacher's weights are about to be loaded, or downloaded where they are not here yet."""
+
+    model: str
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The teacher's replies to a domain's prompts, as far as they are."""
+
+    domain: str
+    progress: CaptureProgress
+
+
+@dataclass(frozen=True)
+class TeacherFreed:
+    """The teacher is gone from memory; `active_memory` bytes are still held."""
+
+    active_memory: int
+
+
+@dataclass(frozen=True)
+class TrainingStarted:
+    """A domain's student is open and its data is laid out."""
+
+    domain: str
+    iters: int
+    data: DataCounts
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """An optimizer step was applied."""
+
+    domain: str
+    step: StepMetrics
+
+
+@dataclass(frozen=True)
+class Validated:
+    """The student was measured on the validation prompts."""
+
+    domain: str
+    validation: Validation
+
+
+@dataclass(frozen=True)
+class DomainFinished:
+    """A domain's adapter is in its folder; `result.unchanged` where it had been there already."""
+
+    result: KDResult
+
+
+@dataclass(frozen=True)
+class DomainFailed:
+    """A domain stopped with an error, and the run goes on with the next."""
+
+    domain: str
+    error: Exception
+
+
+@dataclass(frozen=True)
+class RunFinished:
+    """All domains are done; the summary is written."""
+
+    results: tuple[KDResult, ...]
+    failures: Mapping[str, Exception]
+    summary: Path
+    seconds: float
+
+
+Event = (
+    TeacherOpening
+    | Captured
+    | TeacherFreed
+    | TrainingStarted
+    | Stepped
+    | Validated
+    | DomainFinished
+    | DomainFailed
+    | RunFinished
+)

@@ -1,0 +1,153 @@
+"""From a prompt and a reply to the tokens that are trained.
+
+Owns the chat template's rendering, the next-token shift, truncation, and which tokens count. A token counts when it
+is part of the response, its stop token included; prompt tokens never count. In `text` data every token but the first
+is the response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from true_kd.errors import InputError
+from true_kd.prompts import Prompt
+from true_kd.targets import TeacherTargets
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A prompt as token ids of one tokenizer, with the reply that the data brings, if any."""
+
+    prompt: list[int]
+    response: list[int] | None
+    """None where the teacher writes the reply."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt, its response and the teacher's targets at each response token."""
+
+    prompt: Int[np.ndarray, " prompt"]
+    response: Int[np.ndarray, " response"]
+    targets: TeacherTargets
+    where: str
+
+    @property
+    def tokens(self) -> Int[np.ndarray, " sequence"]:
+        """Prompt and response as one sequence."""
+        return np.concatenate([self.prompt, self.response])
+
+    @property
+    def rows(self) -> Int[np.ndarray, " response"]:
+        """Positions of `tokens` whose next token is a response token: where the model predicts the response."""
+        return np.arange(len(self.prompt) - 1, len(self.prompt) + len(self.response) - 1)
+
+    @property
+    def loss_mask(self) -> Bool[np.ndarray, " sequence"]:
+        """True at the tokens that count, which are the response's."""
+        return np.arange(len(self.prompt) + len(self.response)) >= len(self.prompt)
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.response)
+
+
+class TemplateError(InputError):
+    """A prompt cannot be rendered by the model's chat template."""
+
+    def __init__(self, where: str, model: str, reason: str) -> None:
+        super().__init__(
+            f"{where}: the chat template of {model} refuses it ({reason}). Change the prompt, use an instruct model, "
+            "or give raw `text`."
+        )
+
+
+def render(prompt: Prompt, tokenizer: Any, stop_ids: Sequence[int], model: str) -> Rendered:
+    """Token ids of a prompt by a model's own chat template, ready for a reply.
+
+    A tokenizer without a chat template takes a single user message as it stands, as `mlx_lm.generate` does.
+
+    Raises
+    ------
+    TemplateError
+        when the template fails on the conversation, or there is none for a conversation of several messages.
+    """
+    if prompt.text is not None:
+        tokens = list(tokenizer.encode(prompt.text))
+        if len(tokens) < 2:
+            raise InputError(f"{prompt.where}: a text of {len(tokens)} token, expected two or more. Remove the line.")
+        return Rendered(tokens[:1], tokens[1:])
+    messages = [dict(message) for message in prompt.messages or ()]
+    if not tokenizer.has_chat_template:
+        return _render_plain(prompt, messages, tokenizer, stop_ids, model)
+    opening = _apply(prompt, messages, tokenizer, model, add_generation_prompt=True)
+    if prompt.completion is None:
+        return Rendered(opening, None)
+    whole = _apply(prompt, [*messages, dict(prompt.completion)], tokenizer, model, add_generation_prompt=False)
+    if whole[: len(opening)] == opening:
+        response = whole[len(opening) :]
+    else:
+        # Templates that print earlier turns otherwise than the last one: the completion's own text is the reply.
+        response = list(tokenizer.encode(str(prompt.completion.get("content") or ""), add_special_tokens=False))
+    return Rendered(opening, _ended(response, stop_ids))
+
+
+def _apply(
+    prompt: Prompt, messages: list[dict[str, Any]], tokenizer: Any, model: str, *, add_generation_prompt: bool
+) -> list[int]:
+    from jinja2.exceptions import TemplateError as JinjaError
+
+    tools = [_plain(tool) for tool in prompt.tools] if prompt.tools else None
+    try:
+        return list(
+            tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=add_generation_prompt)
+        )
+    except (JinjaError, TypeError, ValueError, KeyError) as error:
+        raise TemplateError(prompt.where, model, " ".join(str(error).split())[:160]) from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _render_plain(
+    prompt: Prompt, messages: list[dict[str, Any]], tokenizer: Any, stop_ids: Sequence[int], model: str
+) -> Rendered:
+    if len(messages) != 1 or messages[0]["role"] != "user" or prompt.tools:
+        raise TemplateError(prompt.where, model, "it has no chat template")
+    opening = list(tokenizer.encode(str(messages[0]["content"])))
+    if prompt.completion is None:
+        return Rendered(opening, None)
+    response = tokenizer.encode(str(prompt.completion.get("content") or ""), add_special_tokens=False)
+    return Rendered(opening, _ended(list(response), stop_ids))
+
+
+def _ended(response: list[int], stop_ids: Sequence[int]) -> list[int]:
+    """`response` up to its first stop token, which is added where it is missing."""
+    for index, token in enumerate(response):
+        if token in stop_ids:
+            return response[: index + 1]
+    return [*response, stop_ids[0]] if stop_ids else response
+
+
+def make_example(
+    prompt: Sequence[int], response: Sequence[int], targets: TeacherTargets, where: str, max_seq_length: int
+) -> Example | None:
+    """An example of at most `max_seq_length` tokens: the response is cut at its end; None where none of it is left."""
+    room = max_seq_length - len(prompt)
+    if room <= 0 or not prompt or not len(response):
+        return None
+    return Example(
+        np.asarray(prompt, dtype=np.int32),
+        np.asarray(response[:room], dtype=np.int32),
+        targets.take(np.arange(min(room, len(response)))),
+        where,
+    )

@@ -1,0 +1,132 @@
+"""A run's work, one job per domain: its config, its prompts, and what its result depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from true_kd import pocket, prompts
+from true_kd.cache import TargetCache
+from true_kd.capture import TeacherPrompt
+from true_kd.config import Override, RunConfig, load_config
+from true_kd.errors import InputError, PromptError, TrueKDError
+from true_kd.files import digest_json
+from true_kd.models import ModelOptions
+from true_kd.prompts import Prompt
+from true_kd.reporting import FORMAT
+from true_kd.vocabulary import VocabularyMap
+
+HELD_OUT = 0.1
+"""Share of the training prompts that validate a domain without a validation file."""
+
+
+@dataclass(frozen=True)
+class CapturedTargets:
+    """Where the teacher's targets of a job lie, and what capturing them took."""
+
+    cache: TargetCache
+    train: Sequence[TeacherPrompt]
+    valid: Sequence[TeacherPrompt]
+    seconds: float
+    peak_memory: int
+    """Bytes, of the teacher's phase so far; 0 where everything was in the cache."""
+
+
+@dataclass
+class Job:
+    """One domain of a run, on its way from prompts to result."""
+
+    domain: str
+    config: RunConfig
+    train_prompts: Sequence[Prompt]
+    valid_prompts: Sequence[Prompt]
+    run_digest: str = ""
+    vocabulary: VocabularyMap | None = None
+    targets: CapturedTargets | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where the domain's adapter goes."""
+        return Path(self.config.out) / self.domain
+
+    def digest(self, models: Mapping[ModelOptions, str]) -> str:
+        """What the result depends on: models, prompts and every option but those that say where things lie.
+
+        `models` holds the digest of each model's files.
+        """
+        return digest_json(
+            {
+                "format": FORMAT,
+                "options": self.config.model_dump(
+                    mode="json", exclude={"out", "cache", "fresh", "domains", "prompts", "teacher", "student"}
+                ),
+                "teacher": models[self.config.teacher],
+                "student": models[self.config.student],
+                "train": [prompt.identity() for prompt in self.train_prompts],
+                "valid": [prompt.identity() for prompt in self.valid_prompts],
+            }
+        )
+
+
+def choose_domains(base: Path | None, named: Sequence[str], everything: bool, overrides: Sequence[Override]) -> list[str]:
+    """The domains of a run: those named, or all that have prompts, or those of the base config.
+
+    Raises
+    ------
+    InputError
+        when nothing says which, or both ways are used at once.
+    """
+    if named and everything:
+        raise InputError("--domain and --all: both given, expected one. Leave one out.")
+    if named:
+        return list(dict.fromkeys(named))
+    config = load_config(base, None, overrides)
+    root = pocket.locate(config.prompts)
+    if config.domains and not everything:
+        return list(dict.fromkeys(config.domains))
+    found = prompts.list_domains(root) if root.is_dir() else []
+    if everything and found:
+        return found
+    if everything:
+        raise InputError(f"{root}: no domain here, expected folders with a train.jsonl. Run `true-kd init`.")
+    listed = f" ({', '.join(found)})" if found else ""
+    raise InputError(f"no domain was named, expected --domain NAME or --all{listed}.")
+
+
+def plan(
+    base: Path | None, domains: Sequence[str], overrides: Sequence[Override]
+) -> tuple[list[Job], dict[str, TrueKDError]]:
+    """A job per domain, and the error of each domain whose config or prompts cannot be read."""
+    jobs, failures = [], {}
+    for domain in domains:
+        try:
+            prompts.check_domain_name(domain)
+            config = load_config(base, domain, overrides)
+            train, valid = read_domain(pocket.locate(config.prompts), domain)
+            jobs.append(Job(domain, config, train, valid))
+        except TrueKDError as error:
+            failures[domain] = error
+    return jobs, failures
+
+
+def read_domain(root: Path, domain: str) -> tuple[list[Prompt], list[Prompt]]:
+    """Training and validation prompts of a domain; without a validation file, a tenth of the former is held out."""
+    if not root.is_dir():
+        raise PromptError([f"{root}: no such folder in {Path.cwd()}. Run `true-kd init`, or set prompts in the config."])
+    train = prompts.load_prompts(root, domain, "train")
+    if prompts.has_split(root, domain, "valid"):
+        return train, prompts.load_prompts(root, domain, "valid")
+    return hold_out(train, f"{root / domain}")
+
+
+def hold_out(train: Sequence[Prompt], where: str) -> tuple[list[Prompt], list[Prompt]]:
+    """A tenth of the prompts, chosen by their content so that adding others does not move them, and the rest."""
+    if len(train) < 2:
+        raise PromptError([f"{where}: {len(train)} prompt, expected two or more: one is held out for validation."])
+    order = sorted(range(len(train)), key=lambda index: digest_json(train[index].identity()))
+    held = set(order[: max(1, round(HELD_OUT * len(train)))])
+    return (
+        [prompt for index, prompt in enumerate(train) if index not in held],
+        [prompt for index, prompt in enumerate(train) if index in held],
+    )

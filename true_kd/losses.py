@@ -1,0 +1,169 @@
+"""What training minimises: `alpha * T^2 * KL(teacher || student) + (1 - alpha) * CE`, over response tokens.
+
+Owns the temperature and its T^2, and the rule that a loss is a sum over tokens: the division by the number of tokens
+of a whole optimizer step happens once, outside. Two forms of the same quantity:
+
+- `compute_kd_loss` and `compute_ce_loss`: exact, on dense logits. The reference that the fast path is tested against.
+- `head_losses`: the fast path. Hidden states of response tokens go through the output head in chunks, the teacher is
+  sparse, and the gradient with respect to the hidden states is formed in the same pass, so that no array of
+  tokens by vocabulary outlives a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+from jaxtyping import Float, Int
+from pydantic import Field
+
+from true_kd.options import Fraction, Options, PositiveInt, Temperature
+
+
+class LossOptions(Options):
+    """The objective."""
+
+    temperature: Temperature = 2.0
+    """Softens teacher and student in the KD term, which is scaled by its square (Hinton et al., 2015)."""
+    alpha: Fraction = 0.7
+    """Weight of the KD term; 1 - alpha weighs cross-entropy on the teacher's text."""
+    chunk: PositiveInt = Field(default=512, ge=16)
+    """Response tokens that pass the output head at a time: memory of the loss is chunk times vocabulary."""
+
+
+# The dense reference ------------------------------------------------------------------------------------------------
+
+
+def compute_kd_loss(
+    teacher_logits: Float[mx.array, "*batch vocab"],
+    student_logits: Float[mx.array, "*batch vocab"],
+    temperature: float,
+) -> Float[mx.array, ""]:
+    """T^2 * KL(teacher || student), both softened by `temperature`; nats, the mean over all positions.
+
+    Zero when the logits are equal up to a constant, never negative beyond rounding. The teacher gets no gradient.
+    Teacher logits may be -inf (probability zero). Hinton, Vinyals and Dean (2015), https://arxiv.org/abs/1503.02531.
+
+    Raises
+    ------
+    ValueError
+        when the shapes differ (see `align_vocab_sizes`) or the temperature is not positive.
+    """
+    if teacher_logits.shape != student_logits.shape:
+        raise ValueError(
+            f"teacher logits {teacher_logits.shape} and student logits {student_logits.shape} differ in shape; "
+            "use align_vocab_sizes first"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature {temperature}: expected a number above 0")
+    teacher = _log_softmax(mx.stop_gradient(teacher_logits), temperature)
+    student = _log_softmax(student_logits, temperature)
+    probabilities = mx.exp(teacher)
+    terms = mx.where(probabilities > 0, probabilities * (teacher - student), 0.0)
+    return temperature**2 * mx.mean(mx.sum(terms, axis=-1))
+
+
+def compute_ce_loss(
+    logits: Float[mx.array, "*batch vocab"], targets: Int[mx.array, "*batch"], ignore_index: int = -100
+) -> Float[mx.array, ""]:
+    """Cross-entropy of `targets` (ids aligned with `logits`, not shifted), nats, the mean over targets that count.
+
+    Positions whose target is `ignore_index` count neither above nor below the fraction bar; 0 when none counts.
+    """
+    counts = targets != ignore_index
+    safe = mx.where(counts, targets, 0)
+    logprobs = mx.take_along_axis(_log_softmax(logits, 1.0), safe[..., None], axis=-1)[..., 0]
+    return -mx.sum(mx.where(counts, logprobs, 0.0)) / mx.maximum(mx.sum(counts), 1)
+
+
+def _log_softmax(logits: mx.array, temperature: float) -> mx.array:
+    scaled = logits.astype(mx.float32) / temperature
+    return scaled - mx.logsumexp(scaled, axis=-1, keepdims=True)
+
+
+# The fast path ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TokenTargets:
+    """The teacher at R response tokens, padded to K entries each; padding has weight 0."""
+
+    ids: Int[mx.array, "rows entries"]
+    weights: Float[mx.array, "rows entries"]
+    """Weights at the loss temperature; a row's weights times f(id) sum to the expectation of f under the teacher."""
+    logprobs: Float[mx.array, "rows entries"]
+    """The teacher's log-probabilities at the loss temperature, nats; 0 where padded."""
+
+    def rows(self, start: int, stop: int) -> TokenTargets:
+        """The targets of a slice of the tokens."""
+        return TokenTargets(self.ids[start:stop], self.weights[start:stop], self.logprobs[start:stop])
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """Sums over tokens, nats. `total` is `alpha * kd + (1 - alpha) * ce`; `kd` carries its T^2."""
+
+    total: mx.array
+    kd: mx.array
+    ce: mx.array
+
+
+def sparse_kd(
+    logits: Float[mx.array, "rows vocab"], targets: TokenTargets, temperature: float
+) -> Float[mx.array, " rows"]:
+    """T^2 * KL(teacher || student) per token from sparse targets.
+
+    Equals the dense loss when the entries cover the vocabulary; otherwise an unbiased estimate of it, which a single
+    token may take below zero.
+    """
+    scaled = logits.astype(mx.float32) / temperature
+    student = mx.take_along_axis(scaled, targets.ids, axis=-1) - mx.logsumexp(scaled, axis=-1, keepdims=True)
+    return temperature**2 * mx.sum(targets.weights * (targets.logprobs - student), axis=-1)
+
+
+def label_ce(logits: Float[mx.array, "rows vocab"], labels: Int[mx.array, " rows"]) -> Float[mx.array, " rows"]:
+    """Cross-entropy per token at temperature 1, nats."""
+    logits = logits.astype(mx.float32)
+    return mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+
+
+def head_losses(
+    head: Callable[[mx.array], mx.array],
+    hidden: Float[mx.array, "rows width"],
+    labels: Int[mx.array, " rows"],
+    targets: TokenTargets,
+    options: LossOptions,
+) -> tuple[LossSums, Float[mx.array, "rows width"]]:
+    """Sums of the losses over response tokens and the gradient of `total` with respect to their hidden states.
+
+    The gradient treats the head's own parameters as constants, which under LoRA on the body they are; a trained head
+    takes `dense_losses`.
+    """
+
+    def chunk_sums(hidden: mx.array, labels: mx.array, targets: TokenTargets) -> tuple[mx.array, mx.array, mx.array]:
+        sums = _sums(head(hidden), labels, targets, options)
+        return sums.total, sums.kd, sums.ce
+
+    differentiate = mx.value_and_grad(chunk_sums)
+    sums = LossSums(mx.array(0.0), mx.array(0.0), mx.array(0.0))
+    gradients = []
+    for start in range(0, hidden.shape[0], options.chunk):
+        stop = min(start + options.chunk, hidden.shape[0])
+        (total, kd, ce), gradient = differentiate(hidden[start:stop], labels[start:stop], targets.rows(start, stop))
+        gradients.append(gradient)
+        sums = LossSums(sums.total + total, sums.kd + kd, sums.ce + ce)
+    return sums, mx.concatenate(gradients, axis=0)
+
+
+def dense_losses(
+    logits: Float[mx.array, "rows vocab"], labels: Int[mx.array, " rows"], targets: TokenTargets, options: LossOptions
+) -> LossSums:
+    """The same sums from logits that are all there, differentiable through the head."""
+    return _sums(logits, labels, targets, options)
+
+
+def _sums(logits: mx.array, labels: mx.array, targets: TokenTargets, options: LossOptions) -> LossSums:
+    kd = mx.sum(sparse_kd(logits, targets, options.temperature))
+    ce = mx.sum(label_ce(logits, labels))
+    return LossSums(options.alpha * kd + (1 - options.alpha) * ce, kd, ce)

@@ -1,0 +1,15 @@
+"""The embedded pocket models, their prompts and their configs: data, named as `pocket:<path>` wherever a path goes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_FOLDER = Path(__file__).parent
+PREFIX = "pocket:"
+
+
+def locate(name: str) -> Path:
+    """The path behind `name`: inside this package for `pocket:teacher` and the like, else `name` as it stands."""
+    if name.startswith(PREFIX):
+        return _FOLDER / name.removeprefix(PREFIX)
+    return Path(name).expanduser()

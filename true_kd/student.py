@@ -1,0 +1,162 @@
+"""The student's phase of one domain: open, measure, adapt, train, keep the best, measure again, write the folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from true_kd import adapters, events, reporting
+from true_kd.datasets import DomainData, build_data
+from true_kd.errors import NonFiniteLossError
+from true_kd.evaluation import evaluate, exact_match, score_answers
+from true_kd.files import write_json
+from true_kd.jobs import Job
+from true_kd.models import LanguageModel, add_lora, open_model, parameter_count, trainable
+from true_kd.reporting import ExactMatch, KDResult, Validation
+from true_kd.training import NonFinite, StepMetrics, train
+
+
+def distill_student(job: Job) -> Generator[events.Event, None, KDResult]:
+    """Train one domain's adapter from the cached targets and write its folder; returns the result.
+
+    Raises
+    ------
+    NonFiniteLossError
+        when training diverges; the folder then holds the best weights so far.
+    """
+    config = job.config
+    mx.reset_peak_memory()
+    mx.random.seed(config.seed)
+    student = open_model(config.student, "student")
+    data = build_data(job, student)
+    yield events.TrainingStarted(job.domain, config.training.iters, data.counts)
+
+    clock = _Clock()
+    before = Validation(0, evaluate(student.module, data.valid, config.losses, config.training.batch_size))
+    answers_before = _exact_match(job, student, data)
+    clock.stop("evaluation")
+    yield events.Validated(job.domain, before)
+
+    student_parameters = parameter_count(student.module)
+    add_lora(student.module, config.lora)
+    _begin_folder(job)
+    run = yield from _train(job, student, data, clock)
+
+    student.module.load_weights(list(run.best_weights.items()), strict=False)
+    student.module.eval()
+    answers_after = _exact_match(job, student, data)
+    clock.stop("evaluation")
+    result = KDResult(
+        domain=job.domain,
+        teacher=config.teacher.model,
+        student=config.student.model,
+        adapter_path=str(job.folder),
+        data=data.counts,
+        before=before.metrics,
+        after=run.best.metrics,
+        best_iteration=run.best.iteration,
+        exact_match=_compare_answers(job, student, data, answers_before, answers_after),
+        steps=tuple(run.steps),
+        validations=(before, *run.validations),
+        seconds={"capture": job.targets.seconds, **clock.seconds},
+        capture_peak_memory=job.targets.peak_memory,
+        training_peak_memory=mx.get_peak_memory(),
+        trainable_parameters=sum(weights.size for weights in run.best_weights.values()),
+        student_parameters=student_parameters,
+        finished_at=reporting.now(),
+        versions=reporting.versions(),
+    )
+    reporting.write_result(job.folder, result, job.run_digest)
+    return result
+
+
+@dataclass
+class _Run:
+    """What training leaves."""
+
+    steps: list[StepMetrics] = field(default_factory=list)
+    validations: list[Validation] = field(default_factory=list)
+    best: Validation | None = None
+    best_weights: dict[str, mx.array] = field(default_factory=dict)
+
+
+class _Clock:
+    """Seconds per phase: `stop` books the time since the last stop."""
+
+    def __init__(self) -> None:
+        self.seconds = {"training": 0.0, "evaluation": 0.0}
+        self._since = time.perf_counter()
+
+    def stop(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] += now - self._since
+        self._since = now
+
+
+def _begin_folder(job: Job) -> None:
+    """Write run.json, and take away the mark of an earlier run that was finished."""
+    (job.folder / adapters.METRICS).unlink(missing_ok=True)
+    config = job.config.model_dump(mode="json")
+    write_json(job.folder / adapters.RUN, {**config, "domains": [job.domain], "fresh": False})
+
+
+def _train(job: Job, student: LanguageModel, data: DomainData, clock: _Clock) -> Generator[events.Event, None, _Run]:
+    options, losses = job.config.training, job.config.losses
+    run = _Run()
+    try:
+        for step in train(student.module, data.train, options, losses, job.config.seed):
+            run.steps.append(step)
+            yield events.Stepped(job.domain, step)
+            last = step.iteration == options.iters
+            if step.iteration % options.validate_every == 0 or last:
+                clock.stop("training")
+                metrics = evaluate(student.module, data.valid, losses, options.batch_size)
+                run.validations.append(Validation(step.iteration, metrics))
+                if run.best is None or metrics.loss < run.best.metrics.loss:
+                    run.best, run.best_weights = run.validations[-1], trainable(student.module)
+                    _save(job, run.best_weights)
+                clock.stop("evaluation")
+                yield events.Validated(job.domain, run.validations[-1])
+            if step.iteration % options.checkpoint_every == 0 or last:
+                _save(job, trainable(student.module), step.iteration)
+    except NonFinite as error:
+        if run.best is None:
+            _save(job, trainable(student.module))
+        raise NonFiniteLossError(error.iteration, error.what, job.folder) from error
+    clock.stop("training")
+    return run
+
+
+def _save(job: Job, weights: dict[str, mx.array], checkpoint: int | None = None) -> None:
+    config = job.config
+    folder = job.folder if checkpoint is None else adapters.checkpoint_folder(job.folder, checkpoint)
+    settings = {
+        "domain": job.domain,
+        "teacher": config.teacher.model,
+        **config.losses.model_dump(include={"temperature", "alpha"}),
+        "iters": config.training.iters,
+        "learning_rate": config.training.learning_rate,
+        "seed": config.seed,
+        "run_digest": job.run_digest,
+    }
+    adapters.save_adapter(folder, weights, config.lora, config.student.model, settings)
+
+
+def _exact_match(job: Job, student: LanguageModel, data: DomainData) -> float | None:
+    if not (job.config.evaluation.exact_match and data.checkable):
+        return None
+    prompts = [prompt for prompt, _ in data.checkable]
+    return exact_match(student, prompts, job.config.capture, job.config.evaluation)
+
+
+def _compare_answers(
+    job: Job, student: LanguageModel, data: DomainData, before: float | None, after: float | None
+) -> ExactMatch | None:
+    if before is None or after is None:
+        return None
+    prompts, replies = zip(*data.checkable, strict=True)
+    teacher = score_answers(prompts, replies, student, job.config.evaluation)
+    return ExactMatch(tasks=len(prompts), student=before, adapted=after, teacher=teacher)

@@ -1,0 +1,37 @@
+"""How messages speak of what the user wrote: the nearest known word, and the user's own text on one safe line.
+
+Text of a file or a command line never reaches a message unquoted, so a control character or ten megabytes of it
+cannot spoil a terminal or a log.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+_SHOWN = 60
+
+# "mdl" is 0.75 like "model"; "conversations" is 0.61 like "completion", and 0.6 is the default of difflib.
+_LIKE = 0.7
+
+
+def nearest(word: str, candidates: Iterable[str]) -> str | None:
+    """The candidate most like `word`, whatever its case, or None when none is near."""
+    if len(word) > _SHOWN:
+        return None
+    by_lower: dict[str, str] = {}
+    for candidate in candidates:
+        by_lower.setdefault(candidate.lower(), candidate)
+    found = difflib.get_close_matches(word.lower(), list(by_lower), n=1, cutoff=_LIKE)
+    return by_lower[found[0]] if found else None
+
+
+def did_you_mean(word: str, candidates: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the candidate nearest to `word`, or `""` when none is near."""
+    found = nearest(word, candidates)
+    return f"; did you mean '{found}'?" if found is not None else ""
+
+
+def quote(text: str) -> str:
+    """`text` in quotes on one line: control and surrogate codes escaped, cut after 60 characters."""
+    return repr(text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "...")
