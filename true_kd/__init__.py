@@ -21,7 +21,7 @@ _PUBLIC = {
     "compute_ce_loss": "true_kd.losses",
     "align_vocab_sizes": "true_kd.vocabulary",
 }
-__all__ = ["TrueKnowledgeDistiller", "KDConfig", "KDResult", "compute_kd_loss", "compute_ce_loss", "align_vocab_sizes"]
+__all__ = ["KDConfig", "KDResult", "TrueKnowledgeDistiller", "align_vocab_sizes", "compute_ce_loss", "compute_kd_loss"]
 
 if TYPE_CHECKING:
     from true_kd.config import KDConfig

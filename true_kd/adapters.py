@@ -57,11 +57,7 @@ def load_adapter(module: nn.Module, folder: Path) -> None:
 
     try:
         load_adapters(module, str(folder))
-        expected = {
-            name
-            for name in _adapter_names(module)
-            if name.rsplit(".", 1)[-1] in ("lora_a", "lora_b", "m")
-        }
+        expected = {name for name in _adapter_names(module) if name.rsplit(".", 1)[-1] in ("lora_a", "lora_b", "m")}
         found = set(mx.load(str(folder / WEIGHTS)))
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
         raise CacheError(f"{folder}: not an adapter of this student ({error}). Distil it again.") from error

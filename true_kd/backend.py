@@ -55,3 +55,20 @@ def device_name() -> str:
     if mx.default_device() != mx.Device(mx.gpu):
         return "cpu"
     return "metal" if sys.platform == "darwin" else "cuda"
+
+
+def describe_machine() -> dict[str, str]:
+    """Versions, device and BLAS, for `true-kd doctor`."""
+    import mlx.core as mx
+
+    from true_kd import blas
+    from true_kd.cache import default_root
+    from true_kd.reporting import versions
+
+    library = blas.IN_USE.library or ("platform's own" if sys.platform != "linux" else "wheel's own, slow")
+    return {
+        **versions(),
+        "device": f"{device_name()} ({mx.device_info().get('device_name', platform.machine())})",
+        "blas": f"{library} ({blas.IN_USE.reason})" if device_name() == "cpu" else "not used on a GPU",
+        "target cache": str(default_root()),
+    }

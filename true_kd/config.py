@@ -83,6 +83,22 @@ SHORT_NAMES: Mapping[str, KeyPath] = {
     "fresh": ("fresh",),
 }
 
+
+def describe_key(path: KeyPath) -> str:
+    """What a key of the config means, its bounds and its default: the text of `--help`."""
+    options: Any = RunConfig()
+    for key in path[:-1]:
+        options = getattr(options, str(key))
+    name = str(path[-1])
+    schema = type(options).model_json_schema()["properties"][name]
+    bounds = [f"{schema[key]}" if key in schema else "" for key in ("minimum", "maximum")]
+    limits = f" {bounds[0]} to {bounds[1]}," if all(bounds) else ""
+    default = getattr(options, name)
+    return f"{' '.join((schema.get('description') or '').split())} [{limits.lstrip()} default: {default}]".replace(
+        "[ ", "["
+    )
+
+
 _RUN_WIDE = ("domains", "prompts", "out", "cache", "fresh")
 
 

@@ -92,7 +92,7 @@ def render(prompt: Prompt, tokenizer: Any, stop_ids: Sequence[int], model: str) 
         response = whole[len(opening) :]
     else:
         # Templates that print earlier turns otherwise than the last one: the completion's own text is the reply.
-        response = list(tokenizer.encode(str(prompt.completion.get("content") or ""), add_special_tokens=False))
+        response = _encode_content(prompt, tokenizer, model)
     return Rendered(opening, _ended(response, stop_ids))
 
 
@@ -103,9 +103,7 @@ def _apply(
 
     tools = [_plain(tool) for tool in prompt.tools] if prompt.tools else None
     try:
-        return list(
-            tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=add_generation_prompt)
-        )
+        return list(tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=add_generation_prompt))
     except (JinjaError, TypeError, ValueError, KeyError) as error:
         raise TemplateError(prompt.where, model, " ".join(str(error).split())[:160]) from error
 
@@ -126,8 +124,14 @@ def _render_plain(
     opening = list(tokenizer.encode(str(messages[0]["content"])))
     if prompt.completion is None:
         return Rendered(opening, None)
-    response = tokenizer.encode(str(prompt.completion.get("content") or ""), add_special_tokens=False)
-    return Rendered(opening, _ended(list(response), stop_ids))
+    return Rendered(opening, _ended(_encode_content(prompt, tokenizer, model), stop_ids))
+
+
+def _encode_content(prompt: Prompt, tokenizer: Any, model: str) -> list[int]:
+    content = (prompt.completion or {}).get("content")
+    if not content:
+        raise TemplateError(prompt.where, model, "a completion of tool calls alone does not follow its prompt")
+    return list(tokenizer.encode(content, add_special_tokens=False))
 
 
 def _ended(response: list[int], stop_ids: Sequence[int]) -> list[int]:

@@ -69,7 +69,9 @@ class Job:
         )
 
 
-def choose_domains(base: Path | None, named: Sequence[str], everything: bool, overrides: Sequence[Override]) -> list[str]:
+def choose_domains(
+    base: Path | None, named: Sequence[str], everything: bool, overrides: Sequence[Override]
+) -> list[str]:
     """The domains of a run: those named, or all that have prompts, or those of the base config.
 
     Raises
@@ -113,7 +115,9 @@ def plan(
 def read_domain(root: Path, domain: str) -> tuple[list[Prompt], list[Prompt]]:
     """Training and validation prompts of a domain; without a validation file, a tenth of the former is held out."""
     if not root.is_dir():
-        raise PromptError([f"{root}: no such folder in {Path.cwd()}. Run `true-kd init`, or set prompts in the config."])
+        raise PromptError(
+            [f"{root}: no such folder in {Path.cwd()}. Run `true-kd init`, or set prompts in the config."]
+        )
     train = prompts.load_prompts(root, domain, "train")
     if prompts.has_split(root, domain, "valid"):
         return train, prompts.load_prompts(root, domain, "valid")

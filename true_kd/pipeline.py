@@ -109,9 +109,7 @@ def _compare_vocabularies(group: Sequence[Job]) -> None:
     teacher = open_tokenizer(group[0].config.teacher, "teacher")
     student = open_tokenizer(group[0].config.student, "student")
     for job in group:
-        job.vocabulary = map_vocabulary(
-            teacher.ids, student.ids, teacher.size, student.size, job.config.vocab_strategy
-        )
+        job.vocabulary = map_vocabulary(teacher.ids, student.ids, teacher.size, student.size, job.config.vocab_strategy)
 
 
 def _capture_all(group: Sequence[Job], ledger: _Ledger) -> Generator[events.Event, None, list[Job]]:
@@ -124,7 +122,7 @@ def _capture_all(group: Sequence[Job], ledger: _Ledger) -> Generator[events.Even
         try:
             job.targets = yield from _capture(job, teacher)
             captured.append(job)
-        except Exception as error:  # noqa: BLE001 - the border between domains: reported, and the next one goes on
+        except Exception as error:
             yield ledger.failed(job.domain, error)
     del teacher
     release_memory()
@@ -148,6 +146,6 @@ def _train_isolated(job: Job, ledger: _Ledger) -> Iterator[events.Event]:
     try:
         result = yield from distill_student(job)
         yield ledger.finished(result)
-    except Exception as error:  # noqa: BLE001 - the border between domains: reported, and the next one goes on
+    except Exception as error:
         yield ledger.failed(job.domain, error)
     release_memory()

@@ -111,9 +111,10 @@ class TeacherTargets:
         at_draw = raw / self.draw_temperature - self.log_partition[rows]
         sampled = self.draws != _EXACT
         log_multiplicity = np.zeros_like(raw)
-        log_multiplicity[sampled] = np.log(
-            np.maximum(self.draws[sampled].astype(np.float64) * self.draw_mass[rows[sampled]], 1e-300)
-        ) - at_draw[sampled]
+        log_multiplicity[sampled] = (
+            np.log(np.maximum(self.draws[sampled].astype(np.float64) * self.draw_mass[rows[sampled]], 1e-300))
+            - at_draw[sampled]
+        )
         log_weights = beta * raw + log_multiplicity
         if temperature == 1.0:
             partition = np.zeros(len(self))

@@ -106,9 +106,7 @@ def train(
     for iteration in range(1, options.iters + 1):
         start = time.perf_counter()
         batches = [
-            collate(
-                [examples[index] for index in batch_indices(lengths, options, seed, step)], losses.temperature
-            )
+            collate([examples[index] for index in batch_indices(lengths, options, seed, step)], losses.temperature)
             for step in range((iteration - 1) * options.accumulate, iteration * options.accumulate)
         ]
         tokens = sum(batch.response_tokens for batch in batches)
@@ -168,9 +166,7 @@ def _objective(split: Split, losses: LossOptions, trains_head: bool):
         if trains_head or not split.fast:
             sums = dense_losses(split.head(states), batch.labels, batch.targets, losses)
             return sums.total / tokens, (sums.total, sums.kd, sums.ce)
-        sums, state_gradient = head_losses(
-            split.head, mx.stop_gradient(states), batch.labels, batch.targets, losses
-        )
+        sums, state_gradient = head_losses(split.head, mx.stop_gradient(states), batch.labels, batch.targets, losses)
         # Not the loss, but its gradient: d/dp sum(states * g) is the chain rule through the body, with g already
         # known at the states. The loss itself travels beside it.
         surrogate = mx.sum(states.astype(mx.float32) * mx.stop_gradient(state_gradient).astype(mx.float32))

@@ -6,6 +6,8 @@ from pathlib import Path
 
 _FOLDER = Path(__file__).parent
 PREFIX = "pocket:"
+BASE = "pocket:configs/base.yaml"
+"""The config of `true-kd demo`."""
 
 
 def locate(name: str) -> Path:

@@ -1,0 +1,39 @@
+"""`true-kd` and `python -m true_kd`: the one place where an error becomes a line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    # Set before mlx_lm and its tokenizers are imported: their warnings about threads and versions are not the user's.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from true_kd.errors import TrueKDError
+
+    try:
+        from true_kd.backend import require_mlx
+
+        require_mlx()
+        from true_kd.cli import run
+
+        code = run(sys.argv[1:])
+    except TrueKDError as error:
+        if os.environ.get("TRUE_KD_DEBUG") == "1":
+            raise
+        print(error, file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        # The reader of a pipe went away: nothing more to say, and no complaint at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

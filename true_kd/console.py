@@ -1,0 +1,215 @@
+"""Shows a run's events: live bars on a terminal, one line per report anywhere else.
+
+No escape code leaves this module when stdout is no terminal; with NO_COLOR set, nothing is coloured.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from true_kd import events
+from true_kd.capture import CaptureProgress
+from true_kd.errors import TrueKDError
+from true_kd.evaluation import EvalMetrics
+from true_kd.reporting import KDResult, peak_memory
+from true_kd.training import StepMetrics
+
+_LINES_PER_STAGE = 10
+
+
+class LineView:
+    """One line per report; about ten reports per stage."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._reported: tuple[str, int] = ("", -1)
+        self._iters = 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+    def show(self, event: events.Event) -> None:
+        """Show one event."""
+        match event:
+            case events.TeacherOpening(model):
+                self.say(f"teacher {model}: opening")
+            case events.Captured(domain, progress):
+                self.captured(domain, progress)
+            case events.TeacherFreed(memory):
+                self.say(f"teacher freed, {memory / 2**20:.0f} MB still held")
+            case events.TrainingStarted(domain, iters, data):
+                self._iters = iters
+                self.say(
+                    f"{domain}: training on {data.train_response_tokens:,} of {data.train_tokens:,} tokens "
+                    f"({data.train_examples} examples, {data.valid_examples} held out)"
+                )
+                if data.truncated or data.dropped or data.cut_replies:
+                    self.say(
+                        f"{domain}: {data.cut_replies} replies cut at capture.max_tokens, {data.truncated} cut at "
+                        f"training.max_seq_length, {data.dropped} examples dropped"
+                    )
+            case events.Stepped(domain, step):
+                self.stepped(domain, step)
+            case events.Validated(domain, validation):
+                self.say(f"{domain}: iteration {validation.iteration}: {_validation(validation.metrics)}")
+            case events.DomainFinished(result):
+                self.finished(result)
+            case events.DomainFailed(domain, error):
+                self.failed(domain, error)
+            case events.RunFinished(results, failures, summary, seconds):
+                self.summed_up(results, seconds)
+                self.say(f"{len(results)} done, {len(failures)} failed. Summary: {summary}")
+
+    def say(self, line: str) -> None:
+        """Print a line as it is."""
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def captured(self, domain: str, progress: CaptureProgress) -> None:
+        """Report a capture now and then, and its end."""
+        if self._is_due(f"capture {domain}", progress.done, progress.total):
+            self.say(f"{domain}: captured {progress.done}/{progress.total} replies, {_rate(progress)}")
+
+    def stepped(self, domain: str, step: StepMetrics) -> None:
+        """Report a step now and then."""
+        if self._is_due(f"train {domain}", step.iteration, self._iters):
+            self.say(f"{domain}: {step.iteration}/{self._iters} {_step(step)}")
+
+    def finished(self, result: KDResult) -> None:
+        """Report a domain's end."""
+        what = "unchanged since" if result.unchanged else "finished"
+        self.say(f"{result.domain}: {what} {result.finished_at}: {result.adapter_path}")
+
+    def failed(self, domain: str, error: Exception) -> None:
+        """Report a failure; a bug keeps its traceback."""
+        self.say(f"{domain}: failed. {error}")
+        if not isinstance(error, TrueKDError) or os.environ.get("TRUE_KD_DEBUG") == "1":
+            self.say("".join(traceback.format_exception(error)))
+
+    def summed_up(self, results: Sequence[KDResult], seconds: float) -> None:
+        """Print the table of all domains."""
+        if results:
+            self.console.print(results_table(results))
+            largest = max(peak_memory(result) for result in results)
+            self.say(f"{seconds:.0f} s, peak memory {largest / 2**30:.2f} GB (teacher and student never together)")
+
+    def _is_due(self, stage: str, done: int, total: int) -> bool:
+        mark = (stage, done * _LINES_PER_STAGE // max(total, 1))
+        if mark == self._reported:
+            return False
+        self._reported = mark
+        return True
+
+
+class LiveView(LineView):
+    """Bars with counts, tokens per second, losses and time left; finished stages stay as lines above them."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[detail]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+        self._stage = ""
+        self._shown_at = 0.0
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def captured(self, domain: str, progress: CaptureProgress) -> None:
+        """Move the capture bar."""
+        self._move(f"{domain} capture", progress.done, progress.total, _rate(progress))
+        if progress.done == progress.total:
+            super().captured(domain, progress)
+
+    def stepped(self, domain: str, step: StepMetrics) -> None:
+        """Move the training bar."""
+        self._move(f"{domain} train", step.iteration, self._iters, _step(step))
+
+    def summed_up(self, results: Sequence[KDResult], seconds: float) -> None:
+        """Print the table below the last bar."""
+        self._progress.stop()
+        super().summed_up(results, seconds)
+
+    def _move(self, stage: str, done: int, total: int, detail: str) -> None:
+        if stage != self._stage:
+            if self._task is not None:
+                self._progress.remove_task(self._task)
+            self._stage, self._shown_at = stage, 0.0
+            self._task = self._progress.add_task(stage, total=total, detail="")
+        if self._task is not None and (time.monotonic() - self._shown_at > 0.05 or done == total):
+            self._progress.update(self._task, completed=done, detail=detail)
+            self._shown_at = time.monotonic()
+
+
+def make_view() -> LineView:
+    """The view that fits stdout."""
+    plain = "NO_COLOR" in os.environ
+    console = Console(color_system=None if plain else "auto", no_color=plain, highlight=False)
+    return LiveView(console) if console.is_terminal else LineView(console)
+
+
+def results_table(results: Sequence[KDResult]) -> Table:
+    """How much nearer each domain's student came to the teacher."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("domain")
+    table.add_column("KL to teacher", justify="right")
+    table.add_column("top-1 agreement", justify="right")
+    checked = any(result.exact_match for result in results)
+    if checked:
+        table.add_column("exact match (teacher)", justify="right")
+    table.add_column("adapter", overflow="fold")
+    for result in results:
+        row = [
+            result.domain,
+            f"{result.before.kl:.3f} → {result.after.kl:.3f}",
+            f"{result.before.top1_agreement:.0%} → {result.after.top1_agreement:.0%}",
+        ]
+        if checked:
+            match = result.exact_match
+            row.append(f"{match.student:.0%} → {match.adapted:.0%} ({match.teacher:.0%})" if match else "-")
+        table.add_row(*row, result.adapter_path)
+    return table
+
+
+def _rate(progress: CaptureProgress) -> str:
+    if not progress.tokens:
+        return "from the cache" if progress.done == progress.total else "reading prompts"
+    return f"{progress.tokens / progress.seconds:,.0f} tok/s"
+
+
+def _step(step: StepMetrics) -> str:
+    rate = step.padded_tokens / step.seconds
+    return f"loss {step.total:.4f} kd {step.kd:.4f} ce {step.ce:.4f} lr {step.learning_rate:.2e} {rate:,.0f} tok/s"
+
+
+def _validation(metrics: EvalMetrics) -> str:
+    return (
+        f"validation loss {metrics.loss:.4f}, KL {metrics.kl:.4f}, CE {metrics.ce:.4f}, "
+        f"top-1 {metrics.top1_agreement:.1%}"
+    )

@@ -1,0 +1,31 @@
+"""The configs and prompts that `true-kd init` lays out: from the wheel, or from the checkout they are written in."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+_NAMES = ("configs", "prompts")
+
+
+def source() -> Path:
+    """The folder that holds the starter `configs` and `prompts`."""
+    packaged = Path(__file__).parent / "starter_files"
+    return packaged if packaged.is_dir() else Path(__file__).parents[1]
+
+
+def lay_out(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Copy the starter files below `folder`; returns those written, and those found there and left alone."""
+    written, kept = [], []
+    for name in _NAMES:
+        for file in sorted((source() / name).rglob("*")):
+            target = folder / file.relative_to(source())
+            if not file.is_file():
+                continue
+            if target.exists():
+                kept.append(target)
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+            written.append(target)
+    return written, kept
