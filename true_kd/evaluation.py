@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -87,9 +88,8 @@ def exact_match(
     """Share of prompts with an `answer` that the model, taking the most likely token each time, gets right."""
     greedy = sampling.model_copy(update={"sampling_temperature": 0.0})
     rendered = [render(prompt, model.tokenizer, model.stop_ids, model.name).prompt for prompt in prompts]
-    replies = []
-    for _, replies in generate_replies(model, rendered, greedy, [0] * len(rendered)):
-        pass
+    written = deque(generate_replies(model, rendered, greedy, [0] * len(rendered)), maxlen=1)
+    _, replies = written.pop()
     return score_answers(prompts, (reply.tokens for reply in replies), model, evaluation)
 
 

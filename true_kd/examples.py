@@ -88,11 +88,9 @@ def render(prompt: Prompt, tokenizer: Any, stop_ids: Sequence[int], model: str) 
     if prompt.completion is None:
         return Rendered(opening, None)
     whole = _apply(prompt, [*messages, dict(prompt.completion)], tokenizer, model, add_generation_prompt=False)
-    if whole[: len(opening)] == opening:
-        response = whole[len(opening) :]
-    else:
-        # Templates that print earlier turns otherwise than the last one: the completion's own text is the reply.
-        response = _encode_content(prompt, tokenizer, model)
+    # Templates that print earlier turns otherwise than the last one: the completion's own text is the reply.
+    follows = whole[: len(opening)] == opening
+    response = whole[len(opening) :] if follows else _encode_content(prompt, tokenizer, model)
     return Rendered(opening, _ended(response, stop_ids))
 
 

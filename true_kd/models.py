@@ -370,7 +370,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class DecodingStep:
-    """One token for each reply still being written. `logits` are log-probabilities before sampling, [replies, vocab]."""
+    """One token for each reply still being written. `logits` are log-probabilities before sampling, each [vocab]."""
 
     index: list[int]
     tokens: list[int]
