@@ -74,14 +74,21 @@ def test_a_tool_call_is_json_that_names_an_offered_tool():
         assert json.loads(task.answer)["tool"] in offered
 
 
-def test_a_mended_program_prints_and_the_shown_one_does_not():
-    for task in draw("debug", 100):
-        lines = task.prompt.splitlines()[1:]
-        number, _, mended = task.answer.partition(" ")
-        fixed = [mended if line.startswith(f"{number} ") else line[2:] for line in lines]
-        exec("\n".join(fixed), {"print": lambda value: value})
-        with pytest.raises((NameError, SyntaxError)):
-            exec("\n".join(line[2:] for line in lines), {"print": lambda value: value})
+def test_the_named_line_of_a_program_is_the_one_with_the_planted_fault():
+    for task in draw("debug", 300):
+        number, _, remedy = task.answer.removeprefix("line ").partition(": ")
+        line = task.prompt.splitlines()[int(number)]
+        verb, what = remedy.split()
+        assert line.startswith(f"{number} ")
+        assert (what not in line) if verb == "add" else (task.reply.split()[0] in line)
+
+
+def test_a_ranking_names_the_end_of_the_chain_that_the_facts_make():
+    for task in draw("thinking", 300):
+        if task.reply.startswith("So "):
+            pairs = [pair.split(" > ") for pair in task.reply.splitlines()[0].removeprefix("So ").split(" and ")]
+            above, below = ({pair[side] for pair in pairs} for side in (0, 1))
+            assert {task.answer} in (above - below, below - above)
 
 
 @every_domain

@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "TrueKnowledgeDistiller": "true_kd.distiller",
     "KDConfig": "true_kd.config",
-    "KDResult": "true_kd.pipeline",
+    "KDResult": "true_kd.reporting",
     "compute_kd_loss": "true_kd.losses",
     "compute_ce_loss": "true_kd.losses",
     "align_vocab_sizes": "true_kd.vocabulary",
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from true_kd.config import KDConfig
     from true_kd.distiller import TrueKnowledgeDistiller
     from true_kd.losses import compute_ce_loss, compute_kd_loss
-    from true_kd.pipeline import KDResult
+    from true_kd.reporting import KDResult
     from true_kd.vocabulary import align_vocab_sizes
 
 
