@@ -15,7 +15,7 @@ import mlx.nn as nn
 
 from true_kd.errors import CacheError
 from true_kd.files import write_atomic, write_json
-from true_kd.models import LoraOptions, lora_parameters
+from true_kd.models import LoraOptions, attach_adapter, lora_parameters
 
 WEIGHTS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
@@ -53,25 +53,14 @@ def load_adapter(module: nn.Module, folder: Path) -> None:
     CacheError
         when the folder's tensors are not exactly those its config describes; mlx-lm itself takes a part silently.
     """
-    from mlx_lm.tuner.utils import load_adapters
-
     try:
-        load_adapters(module, str(folder))
-        expected = {name for name in _adapter_names(module) if name.rsplit(".", 1)[-1] in ("lora_a", "lora_b", "m")}
-        found = set(mx.load(str(folder / WEIGHTS)))
+        found, expected = attach_adapter(module, folder)
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
         raise CacheError(f"{folder}: not an adapter of this student ({error}). Distil it again.") from error
     if found != expected:
         raise CacheError(
             f"{folder / WEIGHTS}: {len(found)} tensors, expected the {len(expected)} of its config. Distil it again."
         )
-    mx.eval(module.parameters())
-
-
-def _adapter_names(module: nn.Module) -> list[str]:
-    from mlx.utils import tree_flatten
-
-    return [name for name, _ in tree_flatten(module.parameters())]
 
 
 def read_json(path: Path) -> Any:

@@ -1,0 +1,92 @@
+"""Puts adapters on a student through mlx-lm, so that their files load there unchanged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from pydantic import Field
+
+from true_kd.errors import InputError
+from true_kd.options import Options, PositiveInt
+
+
+class LoraOptions(Options):
+    """The adapter, in mlx-lm's terms."""
+
+    type: Literal["lora", "dora"] = "lora"
+    """Low-rank update, or its magnitude-and-direction variant DoRA."""
+    rank: PositiveInt = 16
+    """Rank of the update."""
+    scale: float = Field(default=2.0, gt=0.0)
+    """Multiplies the update; what other tools call lora_alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Dropout on the adapter's input while training."""
+    num_layers: int = Field(default=-1, ge=-1)
+    """How many layers get an adapter, counted from the last; -1 for all."""
+    keys: tuple[str, ...] | None = None
+    """Layers inside a block to adapt, such as self_attn.q_proj; null for every linear layer."""
+
+
+def add_lora(module: nn.Module, options: LoraOptions) -> None:
+    """Freeze the model and put adapters on it, through mlx-lm so that its files load there unchanged.
+
+    Raises
+    ------
+    InputError
+        when no layer bears one of `keys`, or a layer cannot be adapted this way.
+    """
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    module.freeze()
+    try:
+        linear_to_lora_layers(module, options.num_layers, lora_parameters(options), use_dora=options.type == "dora")
+    except ValueError as error:
+        raise InputError(f"lora: this student cannot be adapted ({error}). Change lora.keys or lora.type.") from error
+    if not tree_flatten(module.trainable_parameters()):
+        names = sorted({name for name, layer in module.layers[-1].named_modules() if hasattr(layer, "weight")})
+        raise InputError(
+            f"lora.keys: no layer of the student is called {', '.join(options.keys or ())}. "
+            f"Expected some of: {', '.join(names)}."
+        )
+
+
+def lora_parameters(options: LoraOptions) -> dict[str, Any]:
+    """The `lora_parameters` of mlx-lm's adapter_config.json."""
+    parameters: dict[str, Any] = {"rank": options.rank, "scale": options.scale, "dropout": options.dropout}
+    if options.keys is not None:
+        parameters["keys"] = list(options.keys)
+    return parameters
+
+
+def trainable(module: nn.Module) -> dict[str, mx.array]:
+    """Trainable parameters by dotted name, as adapters.safetensors stores them."""
+    return dict(tree_flatten(module.trainable_parameters()))
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Number of parameters, quantised weights counted unpacked."""
+    from mlx_lm.utils import get_total_parameters
+
+    return int(get_total_parameters(module))
+
+
+def attach_adapter(module: nn.Module, folder: Path) -> tuple[set[str], set[str]]:
+    """Put a saved adapter on a freshly opened model; returns the names of its tensors, and of those the model takes.
+
+    Raises what mlx-lm raises (ValueError, KeyError, OSError ...) for tensors that the model does not take. Missing
+    ones it accepts silently, so the caller compares the two sets.
+    """
+    from mlx_lm.tuner.utils import load_adapters
+
+    load_adapters(module, str(folder))
+    taken = {name for name, _ in tree_flatten(module.parameters()) if name.rsplit(".", 1)[-1] in _ADAPTER_LEAVES}
+    found = set(mx.load(str(folder / "adapters.safetensors")))
+    mx.eval(module.parameters())
+    return found, taken
+
+
+_ADAPTER_LEAVES = ("lora_a", "lora_b", "m")

@@ -1,0 +1,236 @@
+"""Finds models, takes their digests and opens them.
+
+No code from a model folder is ever run: `trust_remote_code` is passed as False everywhere, and only safetensors are
+read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import resource
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+from pydantic import Field
+
+from true_kd import pocket
+from true_kd.backend import device_name
+from true_kd.errors import ModelError
+from true_kd.files import digest_file, digest_json
+from true_kd.options import Options
+
+
+class ModelOptions(Options):
+    """Which model, and how it is held in memory."""
+
+    model: str = Field(min_length=1)
+    """A hub id, a local folder, or an embedded model such as `pocket:teacher`."""
+    revision: str | None = None
+    """A branch, tag or commit of the hub repository."""
+    dequantize: Literal["auto", "yes", "no"] = "auto"
+    """Unpack quantised weights on load. `auto` does so on a CPU, where 4-bit arithmetic is some 35 times slower."""
+
+
+@dataclass
+class LanguageModel:
+    """An opened model with its tokenizer."""
+
+    module: nn.Module
+    tokenizer: Any
+    name: str
+    digest: str
+    """See `ModelFiles.digest`."""
+    vocab_size: int
+    """Rows of the output head, padding included."""
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Token ids that end a reply."""
+        return sorted(self.tokenizer.eos_token_ids)
+
+
+def locate(options: ModelOptions, seam: str) -> Path:
+    """The local folder of a model, downloaded from the hub where need be.
+
+    Raises
+    ------
+    ModelError
+        when there is no such folder or repository, or the hub cannot be reached; `seam` (teacher, student) names it.
+    """
+    path = pocket.locate(options.model)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{seam} {options.model}: no config.json in this folder, expected an mlx-lm model.")
+        return path
+    looks_local = options.model.startswith((".", "/", "~", pocket.PREFIX)) or options.model.count("/") != 1
+    if looks_local or path.exists():
+        raise ModelError(
+            f"{seam} {options.model}: no such folder, expected an mlx-lm model folder or a hub id like "
+            "mlx-community/Qwen2.5-3B-Instruct-4bit. Check the path."
+        )
+    return _download(options, seam)
+
+
+def _download(options: ModelOptions, seam: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(options.model, revision=options.revision, allow_patterns=patterns))
+    except LocalEntryNotFoundError as error:
+        raise ModelError(
+            f"{seam} {options.model}: not in the local hub cache, and the hub cannot be reached. "
+            "Go online once, or give a local folder."
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{seam} {options.model}: the hub refused it ({reason}). Check the id and the revision; for a gated "
+            "model, run `hf auth login`."
+        ) from error
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model's folder, read without opening its weights."""
+
+    path: Path
+    weights: list[Path]
+    digest: str
+    """SHA-256 over the digests of every file that changes what the model says or how it is spoken to."""
+    stored_bytes: int
+    """Size of the weights."""
+
+
+def describe(options: ModelOptions, seam: str) -> ModelFiles:
+    """Find a model and take its digest.
+
+    Raises
+    ------
+    ModelError
+        when there is no such model, or it has no safetensors weights.
+    """
+    path = locate(options, seam)
+    weights = sorted(path.glob("model*.safetensors"))
+    if not weights:
+        raise ModelError(f"{seam} {options.model}: no model*.safetensors in {path}, expected safetensors weights.")
+    texts = [path / name for name in _TEXT_FILES if (path / name).is_file()]
+    digests = {file.name: _content_digest(file) for file in [*texts, *weights]}
+    return ModelFiles(path, weights, digest_json(digests), sum(file.stat().st_size for file in weights))
+
+
+_TEXT_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def _content_digest(file: Path) -> str:
+    # The hub cache names a large file's blob by its SHA-256: no need to read gigabytes again.
+    blob = file.resolve()
+    if blob.parent.name == "blobs" and len(blob.name) == 64:
+        return blob.name
+    return digest_file(file)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What token ids mean to a model."""
+
+    ids: dict[str, int]
+    """Token text, as the tokenizer spells it, to id."""
+    size: int
+    """Rows of the output head, padding included."""
+
+
+def open_tokenizer(options: ModelOptions, seam: str) -> Tokens:
+    """Read a model's vocabulary without opening its weights."""
+    path = locate(options, seam)
+    with _loading(options, seam):
+        utils = _mlx_lm_utils()
+        config = utils.load_config(path)
+        tokenizer = utils.load_tokenizer(path, {"trust_remote_code": False})
+        return Tokens(dict(tokenizer.get_vocab()), _vocab_size(config))
+
+
+def open_model(options: ModelOptions, seam: str) -> LanguageModel:
+    """Load a model and its tokenizer, in evaluation mode; float32 on a CPU, as stored elsewhere.
+
+    Raises
+    ------
+    ModelError
+        when the folder does not hold a model that mlx-lm can load without running code from it.
+    """
+    files = describe(options, seam)
+    utils = _mlx_lm_utils()
+    with _loading(options, seam):
+        module, config = utils.load_model(files.path, trust_remote_code=False)
+        tokenizer = utils.load_tokenizer(
+            files.path, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id", None)
+        )
+    on_cpu = device_name() == "cpu"
+    if "quantization" in config and (options.dequantize == "yes" or (options.dequantize == "auto" and on_cpu)):
+        module = utils.dequantize_model(module)
+    if on_cpu:
+        module.set_dtype(mx.float32)
+    module.eval()
+    mx.eval(module.parameters())
+    return LanguageModel(
+        module=module,
+        tokenizer=tokenizer,
+        name=options.model,
+        digest=files.digest,
+        vocab_size=_vocab_size(config),
+    )
+
+
+@contextlib.contextmanager
+def _loading(options: ModelOptions, seam: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, RuntimeError, OSError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ModelError(f"{seam} {options.model}: mlx-lm cannot load it ({reason}). Choose another model.") from error
+
+
+def _vocab_size(config: dict[str, Any]) -> int:
+    return int(config.get("vocab_size") or config["text_config"]["vocab_size"])
+
+
+def release_memory() -> None:
+    """Give back what freed models held. The caller drops its own references first."""
+    gc.collect()
+    mx.clear_cache()
+
+
+@contextlib.contextmanager
+def _file_limits_kept() -> Iterator[None]:
+    # `import mlx_lm.utils` lowers the limit of open files to 2048/4096, and raises where the hard limit is smaller.
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    set_limit = resource.setrlimit
+    resource.setrlimit = lambda *_: None
+    try:
+        yield
+    finally:
+        resource.setrlimit = set_limit
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def _mlx_lm_utils() -> Any:
+    with _file_limits_kept():
+        import mlx_lm.utils
+    return mlx_lm.utils
