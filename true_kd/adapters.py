@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,13 @@ SUMMARY = "kd_summary.json"
 def checkpoint_folder(folder: Path, iteration: int) -> Path:
     """Where the checkpoint of an iteration lies."""
     return folder / f"checkpoint_{iteration}"
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Delete the checkpoint folders of an earlier run."""
+    for checkpoint in folder.glob("checkpoint_*"):
+        if checkpoint.name.removeprefix("checkpoint_").isdecimal():
+            shutil.rmtree(checkpoint)
 
 
 def save_adapter(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -84,19 +85,16 @@ SHORT_NAMES: Mapping[str, KeyPath] = {
 }
 
 
+@cache
 def describe_key(path: KeyPath) -> str:
     """What a key of the config means, its bounds and its default: the text of `--help`."""
     options: Any = RunConfig()
     for key in path[:-1]:
         options = getattr(options, str(key))
-    name = str(path[-1])
-    schema = type(options).model_json_schema()["properties"][name]
-    bounds = [f"{schema[key]}" if key in schema else "" for key in ("minimum", "maximum")]
-    limits = f" {bounds[0]} to {bounds[1]}," if all(bounds) else ""
-    default = getattr(options, name)
-    return f"{' '.join((schema.get('description') or '').split())} [{limits.lstrip()} default: {default}]".replace(
-        "[ ", "["
-    )
+    field = type(options).model_fields[str(path[-1])]
+    limits = {name: getattr(rule, name) for rule in field.metadata for name in ("ge", "le") if hasattr(rule, name)}
+    bounds = f"{limits['ge']:g} to {limits['le']:g}, " if len(limits) == 2 else ""
+    return f"{' '.join((field.description or '').split())} [{bounds}default: {getattr(options, str(path[-1]))}]"
 
 
 _RUN_WIDE = ("domains", "prompts", "out", "cache", "fresh")

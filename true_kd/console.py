@@ -204,8 +204,10 @@ def _rate(progress: CaptureProgress) -> str:
 
 
 def _step(step: StepMetrics) -> str:
-    rate = step.padded_tokens / step.seconds
-    return f"loss {step.total:.4f} kd {step.kd:.4f} ce {step.ce:.4f} lr {step.learning_rate:.2e} {rate:,.0f} tok/s"
+    return (
+        f"loss {step.total:.4f} kd {step.kd:.4f} ce {step.ce:.4f} lr {step.learning_rate:.2e} "
+        f"{step.tokens_per_second:,.0f} tok/s"
+    )
 
 
 def _validation(metrics: EvalMetrics) -> str:

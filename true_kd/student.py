@@ -97,8 +97,9 @@ class _Clock:
 
 
 def _begin_folder(job: Job) -> None:
-    """Write run.json, and take away the mark of an earlier run that was finished."""
+    """Write run.json, and take away what an earlier run left that would pass for this one's."""
     (job.folder / adapters.METRICS).unlink(missing_ok=True)
+    adapters.remove_checkpoints(job.folder)
     config = job.config.model_dump(mode="json")
     write_json(job.folder / adapters.RUN, {**config, "domains": [job.domain], "fresh": False})
 

@@ -64,6 +64,8 @@ class StepMetrics:
     padded_tokens: int
     """What the body computed: prompt, response and padding."""
     seconds: float
+    tokens_per_second: float
+    """Padded tokens by time."""
     peak_memory: int
     """Bytes, the largest since the phase began."""
 
@@ -122,6 +124,8 @@ def train(
         optimizer.learning_rate = learning_rate_at(iteration, options)
         optimizer.update(student, gradient)
         mx.eval(student.trainable_parameters(), optimizer.state)
+        seconds = time.perf_counter() - start
+        padded = sum(batch.padded_tokens for batch in batches)
         yield StepMetrics(
             iteration=iteration,
             total=means[0],
@@ -130,8 +134,9 @@ def train(
             learning_rate=learning_rate_at(iteration, options),
             grad_norm=means[3],
             response_tokens=tokens,
-            padded_tokens=sum(batch.padded_tokens for batch in batches),
-            seconds=time.perf_counter() - start,
+            padded_tokens=padded,
+            seconds=seconds,
+            tokens_per_second=padded / seconds,
             peak_memory=mx.get_peak_memory(),
         )
         student.train()
