@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from true_kd import prompts
+from true_kd import json_lines
 from true_kd.errors import PromptError
 from true_kd.prompts import Prompt, from_records, from_strings, has_split, list_domains, load_prompts
 
@@ -225,7 +225,7 @@ def test_all_bad_lines_are_found_before_the_first_is_reported(tmp_path: Path) ->
 def test_a_line_too_long_is_refused_and_the_next_keeps_its_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prompts, "MAX_LINE_BYTES", 40)
+    monkeypatch.setattr(json_lines, "MAX_LINE_BYTES", 40)
     fits = '{"prompt": "' + "x" * 26 + '"}'
     assert len(fits) == 40
     long = '{"prompt": "' + "x" * 500 + '"}'

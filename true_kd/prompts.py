@@ -10,14 +10,14 @@ never both a conversation and raw text. Every bad line is found before the first
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from true_kd.errors import PromptError
+from true_kd.json_lines import Refusal, key_column, name_of, parse_line, read_lines, refuse
 from true_kd.suggest import did_you_mean, nearest, quote
 
 SPLITS = ("train", "valid")
@@ -28,12 +28,6 @@ ROLES = ("system", "user", "assistant", "tool")
 
 SYSTEM_FILE = "system.md"
 """The file of a domain folder that holds the system message."""
-
-MAX_LINE_BYTES = 10_000_000
-"""A longer line is refused: no context window holds it, and it is most often a file without line ends."""
-
-MAX_DEPTH = 100
-"""Deepest nesting of lists and objects in one line, so that no reader of a prompt can run out of stack."""
 
 _SUFFIXES = (".jsonl", ".txt")
 _DOMAIN_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
@@ -176,9 +170,9 @@ def _from_values(
         where = f"{name}[{index}]"
         try:
             if not isinstance(value, expected):
-                _refuse(f"{_kind(value)}, expected {_NAMES[expected]}. Convert it first")
-            prompts.append(_to_prompt(_parse_line(_dump(to_record(value))), None, where))
-        except _Refusal as refusal:
+                refuse(f"{name_of(type(value))}, expected {name_of(expected)}. Convert it first")
+            prompts.append(_to_prompt(parse_line(_dump(to_record(value))), None, where))
+        except Refusal as refusal:
             problems.append(f"{where}: {refusal.message}")
     if not values:
         problems.append(f"{name}: empty, expected at least one prompt. Add some.")
@@ -193,7 +187,7 @@ def _dump(record: Any) -> str:
         return json.dumps(record, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         message = f"not plain JSON data ({error}), expected strings, numbers, lists and dicts. Convert it first."
-        raise _Refusal(message) from error
+        raise Refusal(message) from error
 
 
 def _candidates(folder: Path, split: str) -> list[Path]:
@@ -204,14 +198,14 @@ def _read_system(path: Path, problems: list[str]) -> str | None:
     if not path.is_file():
         return None
     before = len(problems)
-    text = "\n".join(line for _, line in _read_lines(path, problems)).strip()
+    text = "\n".join(line for _, line in read_lines(path, problems)).strip()
     if not text and len(problems) == before:
         problems.append(f"{path}: empty, expected the system message. Write it, or remove the file.")
     return text or None
 
 
 def _read_prompts(path: Path, system: str | None, problems: list[str]) -> Iterator[Prompt]:
-    for number, line in _read_lines(path, problems):
+    for number, line in read_lines(path, problems):
         if not line.strip():
             continue
         where = f"{path}:{number}"
@@ -219,185 +213,27 @@ def _read_prompts(path: Path, system: str | None, problems: list[str]) -> Iterat
             yield _to_prompt({"prompt": line.strip()}, system, where)
             continue
         try:
-            yield _to_prompt(_parse_line(line), system, where)
-        except _Refusal as refusal:
-            column = refusal.column or _key_column(line, refusal.key)
+            yield _to_prompt(parse_line(line), system, where)
+        except Refusal as refusal:
+            column = refusal.column or key_column(line, refusal.key)
             problems.append(f"{where}:{column}: {refusal.message}")
-
-
-def _read_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, str]]:
-    """Line numbers and lines without their ends; lines that are not clean UTF-8 go to `problems` instead."""
-    try:
-        with path.open("rb") as file:
-            number = 0
-            while raw := file.readline(MAX_LINE_BYTES + 5):  # room for a byte order mark and a line end
-                number += 1
-                raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-                body = raw.removesuffix(b"\n").removesuffix(b"\r")
-                if len(body) > MAX_LINE_BYTES:
-                    while raw and not raw.endswith(b"\n"):
-                        raw = file.readline(MAX_LINE_BYTES)
-                    problems.append(
-                        f"{path}:{number}: longer than {MAX_LINE_BYTES // 1_000_000} MB, expected one prompt a line. "
-                        "Split it into several lines."
-                    )
-                    continue
-                zero = body.find(b"\0")
-                try:
-                    line = body.decode("utf-8") if zero < 0 else body[:zero].decode("utf-8")
-                except UnicodeDecodeError as error:
-                    column = len(body[: error.start].decode("utf-8")) + 1
-                    byte = body[error.start]
-                    problems.append(f"{path}:{number}:{column}: byte 0x{byte:02x} is not UTF-8. Save it as UTF-8.")
-                    continue
-                if zero >= 0:
-                    problems.append(f"{path}:{number}:{len(line) + 1}: a NUL byte, expected text. Save it as UTF-8.")
-                    continue
-                yield number, line
-    except OSError as error:
-        problems.append(f"{path}: cannot be read ({error.strerror}). Check its permissions.")
-
-
-class _Refusal(Exception):
-    """Why one line is no prompt. `column` counts from 1; `key` names a top-level key whose column is wanted."""
-
-    def __init__(self, message: str, column: int | None = None, key: str | None = None) -> None:
-        self.message = message
-        self.column = column
-        self.key = key
-        super().__init__(message)
-
-
-class _ConstantRefused(Exception):
-    """A JSON token that no finite number stands behind."""
-
-
-class _DuplicateKey(Exception):
-    """A key that one object holds twice."""
-
-
-def _refuse(message: str, key: str | None = None) -> NoReturn:
-    raise _Refusal(f"{message}.", key=key)
-
-
-# Strings, numbers, words and brackets of JSON. An unterminated string runs to the end of the line, which keeps the
-# scan linear on hostile input.
-_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)|[\[\]{}:]|[-+.\w]+', re.DOTALL)
-
-# Escapes that name no character: a lone half of a surrogate pair, and NUL. The first two alternatives keep step.
-_BAD_ESCAPE = re.compile(
-    r"\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(\\u(?:[dD][89a-fA-F][0-9a-fA-F]{2}|0000))"
-)
-
-
-def _parse_line(line: str) -> dict[str, Any]:
-    """The JSON object a line holds: unique keys, finite numbers, no lone surrogates, bounded depth."""
-    if line.count("[") + line.count("{") > MAX_DEPTH:
-        _check_depth(line)
-    try:
-        record = json.loads(
-            line,
-            object_pairs_hook=_unique_keys,
-            parse_constant=_refuse_constant,
-            parse_float=_finite_float,
-            parse_int=_bounded_int,
-        )
-    except json.JSONDecodeError as error:
-        fault = error.msg.replace("Expecting", "expected")
-        message = f"{fault[0].lower()}{fault[1:].removesuffix(' at')}. Write one JSON object on this line."
-        raise _Refusal(message, error.colno) from error
-    except _ConstantRefused as error:
-        token = str(error)
-        column = next((m.start() + 1 for m in _TOKEN.finditer(line) if m.group() == token), 1)
-        raise _Refusal(f"{quote(token)}, expected a finite number. Write a smaller number or null.", column) from error
-    except _DuplicateKey as error:
-        column, key = next((column, name) for _, column, name, again in _keys(line) if again)
-        raise _Refusal(f"key {quote(key)} twice in one object, expected once. Remove one.", column) from error
-    if "\\u" in line:
-        for match in _BAD_ESCAPE.finditer(line):
-            if match.group(1):
-                message = f"{match.group(1)} is not a character, expected text that UTF-8 can write. Remove it."
-                raise _Refusal(message, match.start() + 1)
-    if not isinstance(record, dict):
-        _refuse(f'{_kind(record)}, expected a JSON object such as {{"prompt": "..."}}. Write one object a line')
-    return record
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in record:
-            raise _DuplicateKey
-        record[key] = value
-    return record
-
-
-def _refuse_constant(token: str) -> NoReturn:
-    raise _ConstantRefused(token)
-
-
-def _finite_float(token: str) -> float:
-    value = float(token)
-    return value if math.isfinite(value) else _refuse_constant(token)
-
-
-def _bounded_int(token: str) -> int:
-    # int() itself raises ValueError above 4300 digits, and takes quadratic time below.
-    return int(token) if len(token) <= 300 else _refuse_constant(token)
-
-
-def _check_depth(line: str) -> None:
-    depth = 0
-    for match in _TOKEN.finditer(line):
-        token = match.group()
-        if token in ("[", "{"):
-            depth += 1
-            if depth > MAX_DEPTH:
-                message = f"nested more than {MAX_DEPTH} levels deep. Write it flatter."
-                raise _Refusal(message, match.start() + 1)
-        elif token in ("]", "}"):
-            depth -= 1
-
-
-def _keys(line: str) -> Iterator[tuple[int, int, str, bool]]:
-    """Depth (1 is the top level), column, name and "seen before in its object" of every object key.
-
-    The line is valid JSON at least up to the last key that is asked for.
-    """
-    open_objects: list[set[str]] = []
-    before: re.Match[str] | None = None
-    for match in _TOKEN.finditer(line):
-        token = match.group()
-        if token in ("[", "{"):
-            open_objects.append(set())
-        elif token in ("]", "}"):
-            open_objects.pop()
-        elif token == ":" and before:
-            name = json.loads(before.group())
-            yield len(open_objects), before.start() + 1, name, name in open_objects[-1]
-            open_objects[-1].add(name)
-        before = match
-
-
-def _key_column(line: str, key: str | None) -> int:
-    return next((column for depth, column, name, _ in _keys(line) if depth == 1 and name == key), 1)
 
 
 def _to_prompt(record: dict[str, Any], system: str | None, where: str) -> Prompt:
     for key in record:
         if key not in _KNOWN_KEYS:
             hint = did_you_mean(key, _KNOWN_KEYS) or f", expected some of {', '.join(_KNOWN_KEYS)}. Remove it."
-            raise _Refusal(f"{quote(key)}: unknown key{hint}", key=key)
+            raise Refusal(f"{quote(key)}: unknown key{hint}", key=key)
     # Exporters write absent columns as null.
     given = {key: value for key, value in record.items() if value is not None}
     kinds = [kind for kind in _KEYS_BESIDE if kind in given]
     if not kinds:
-        _refuse("no prompt, expected 'messages', 'prompt' or 'text'. Add one of them")
+        refuse("no prompt, expected 'messages', 'prompt' or 'text'. Add one of them")
     kind = kinds[0]
     for key in given:
         if key != kind and key not in _KEYS_BESIDE[kind]:
             beside = " or ".join(f"'{other}'" for other in _KEYS_BESIDE[kind])
-            _refuse(f"'{key}' together with '{kind}', expected only {beside} beside it. Remove one of the two", key)
+            refuse(f"'{key}' together with '{kind}', expected only {beside} beside it. Remove one of the two", key)
     answer = given.get("answer")
     if answer is not None:
         _check_text(answer, "answer", "answer")
@@ -410,14 +246,14 @@ def _to_prompt(record: dict[str, Any], system: str | None, where: str) -> Prompt
         if messages[-1]["role"] == "assistant":
             completion = messages.pop()
             if not completion["content"].strip() and not completion.get("tool_calls"):
-                _refuse("messages: the last message is empty, expected the reply to score. Write it, or drop it", kind)
+                refuse("messages: the last message is empty, expected the reply to score. Write it, or drop it", kind)
     else:
         messages = _to_prompt_messages(given["prompt"])
         if "completion" in given:
             _check_text(given["completion"], "completion", "completion")
             completion = {"role": "assistant", "content": given["completion"]}
     if not any(message["role"] == "user" for message in messages):
-        _refuse(f"{kind}: no user message, expected at least one before the reply. Add it", kind)
+        refuse(f"{kind}: no user message, expected at least one before the reply. Add it", kind)
     if system is not None and not any(message["role"] == "system" for message in messages):
         messages.insert(0, {"role": "system", "content": system})
     return Prompt(
@@ -433,7 +269,7 @@ def _to_prompt_messages(value: Any) -> list[dict[str, Any]]:
     if isinstance(value, list):
         messages = _to_messages(value, "prompt")
         if messages[-1]["role"] == "assistant":
-            _refuse("prompt: ends with an assistant message, expected user or tool. Name the list 'messages'", "prompt")
+            refuse("prompt: ends with an assistant message, expected user or tool. Name the list 'messages'", "prompt")
         return messages
     _check_text(value, "prompt", "prompt")
     return [{"role": "user", "content": value}]
@@ -441,39 +277,39 @@ def _to_prompt_messages(value: Any) -> list[dict[str, Any]]:
 
 def _to_messages(value: Any, key: str) -> list[dict[str, Any]]:
     if not isinstance(value, list):
-        _refuse(f'{key}: {_kind(value)}, expected a list of messages. Write [{{"role": "user", ...}}]', key)
+        refuse(f'{key}: {name_of(type(value))}, expected a list of messages. Write [{{"role": "user", ...}}]', key)
     if not value:
-        _refuse(f"{key}: an empty list, expected at least one message. Add a user message", key)
+        refuse(f"{key}: an empty list, expected at least one message. Add a user message", key)
     return [_to_message(message, f"{key}[{index}]", key) for index, message in enumerate(value)]
 
 
 def _to_message(value: Any, where: str, key: str) -> dict[str, Any]:
     """The message as given, nulls left out, and with `content` "" where only tool calls are given."""
     if not isinstance(value, dict):
-        _refuse(f"{where}: {_kind(value)}, expected an object with 'role' and 'content'. Write it so", key)
+        refuse(f"{where}: {name_of(type(value))}, expected an object with 'role' and 'content'. Write it so", key)
     message = {name: part for name, part in value.items() if part is not None}
     roles = f"{', '.join(ROLES[:-1])} or {ROLES[-1]}"
     role = message.get("role")
     if role is None:
-        _refuse(f"{where}: no 'role'{_instead('role', message)}, expected {roles}. Add it", key)
+        refuse(f"{where}: no 'role'{_instead('role', message)}, expected {roles}. Add it", key)
     if not isinstance(role, str) or role not in ROLES:
-        shown = quote(role) if isinstance(role, str) else _kind(role)
+        shown = quote(role) if isinstance(role, str) else name_of(role)
         hint = did_you_mean(role, ROLES) if isinstance(role, str) else ""
-        raise _Refusal(f"{where}.role: {shown}, expected {roles}{hint or '. Change it.'}", key=key)
+        raise Refusal(f"{where}.role: {shown}, expected {roles}{hint or '. Change it.'}", key=key)
     calls = message.get("tool_calls")
     if calls is not None:
         if role != "assistant":
-            _refuse(f"{where}.tool_calls: in a {role} message, expected only in assistant messages. Remove it", key)
+            refuse(f"{where}.tool_calls: in a {role} message, expected only in assistant messages. Remove it", key)
         if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-            _refuse(f"{where}.tool_calls: {_kind(calls)}, expected a list of objects. Write it so", key)
+            refuse(f"{where}.tool_calls: {name_of(calls)}, expected a list of objects. Write it so", key)
     if "content" not in message and calls:
         # Templates disagree about a missing content; all of them print "" as nothing.
         message["content"] = ""
     if "content" not in message:
-        _refuse(f"{where}: no 'content'{_instead('content', message)}, expected a string. Add it", key)
+        refuse(f"{where}: no 'content'{_instead('content', message)}, expected a string. Add it", key)
     content = message["content"]
     if not isinstance(content, str):
-        _refuse(f"{where}.content: {_kind(content)}, expected a string. Join its parts into one string", key)
+        refuse(f"{where}.content: {name_of(content)}, expected a string. Join its parts into one string", key)
     if role == "user":
         _check_text(content, f"{where}.content", key)
     return message
@@ -488,27 +324,12 @@ def _to_tools(value: Any) -> tuple[dict[str, Any], ...] | None:
     if value is None or value == []:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        _refuse(f"tools: {_kind(value)}, expected a list of objects. Write one object per tool", "tools")
+        refuse(f"tools: {name_of(type(value))}, expected a list of objects. Write one object per tool", "tools")
     return tuple(value)
 
 
 def _check_text(value: Any, where: str, key: str) -> None:
     if not isinstance(value, str):
-        _refuse(f"{where}: {_kind(value)}, expected a string. Put it in quotes", key)
+        refuse(f"{where}: {name_of(type(value))}, expected a string. Put it in quotes", key)
     if not value.strip():
-        _refuse(f"{where}: empty, expected text. Write it, or remove the line", key)
-
-
-_NAMES = {
-    type(None): "null",
-    bool: "a boolean",
-    int: "a number",
-    float: "a number",
-    str: "a string",
-    list: "a list",
-    dict: "an object",
-}
-
-
-def _kind(value: Any) -> str:
-    return _NAMES.get(type(value), type(value).__name__)
+        refuse(f"{where}: empty, expected text. Write it, or remove the line", key)

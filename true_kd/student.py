@@ -29,7 +29,6 @@ def distill_student(job: Job) -> Generator[events.Event, None, KDResult]:
     """
     config = job.config
     mx.reset_peak_memory()
-    mx.random.seed(config.seed)
     student = open_model(config.student, "student")
     data = build_data(job, student)
     yield events.TrainingStarted(job.domain, config.training.iters, data.counts)
@@ -41,6 +40,7 @@ def distill_student(job: Job) -> Generator[events.Event, None, KDResult]:
     yield events.Validated(job.domain, before)
 
     student_parameters = parameter_count(student.module)
+    mx.random.seed(config.seed)
     add_lora(student.module, config.lora)
     _begin_folder(job)
     run = yield from _train(job, student, data, clock)

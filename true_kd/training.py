@@ -16,7 +16,7 @@ from typing import Literal
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 from pydantic import Field
 
 from true_kd.batching import Batch, BatchOptions, batch_indices, collate
@@ -113,7 +113,7 @@ def train(
         ]
         tokens = sum(batch.response_tokens for batch in batches)
         sums, gradient = _gradient(student, split, batches, losses, tokens)
-        norm = mx.sqrt(sum(mx.sum(mx.square(leaf)) for leaf in trainable_leaves(gradient)))
+        norm = mx.sqrt(sum(mx.sum(mx.square(leaf)) for _, leaf in tree_flatten(gradient)))
         means = [value.item() for value in (sums.total / tokens, sums.kd / tokens, sums.ce / tokens, norm)]
         for value, what in zip(means, ("the loss", "the KD loss", "the CE loss", "the gradient"), strict=True):
             if not math.isfinite(value):
@@ -140,13 +140,6 @@ def train(
             peak_memory=mx.get_peak_memory(),
         )
         student.train()
-
-
-def trainable_leaves(gradient: dict) -> list[mx.array]:
-    """The arrays of a gradient tree."""
-    from mlx.utils import tree_flatten
-
-    return [leaf for _, leaf in tree_flatten(gradient)]
 
 
 def _gradient(
