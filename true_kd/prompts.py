@@ -293,7 +293,7 @@ def _to_message(value: Any, where: str, key: str) -> dict[str, Any]:
     if role is None:
         refuse(f"{where}: no 'role'{_instead('role', message)}, expected {roles}. Add it", key)
     if not isinstance(role, str) or role not in ROLES:
-        shown = quote(role) if isinstance(role, str) else name_of(role)
+        shown = quote(role) if isinstance(role, str) else name_of(type(role))
         hint = did_you_mean(role, ROLES) if isinstance(role, str) else ""
         raise Refusal(f"{where}.role: {shown}, expected {roles}{hint or '. Change it.'}", key=key)
     calls = message.get("tool_calls")
@@ -301,7 +301,7 @@ def _to_message(value: Any, where: str, key: str) -> dict[str, Any]:
         if role != "assistant":
             refuse(f"{where}.tool_calls: in a {role} message, expected only in assistant messages. Remove it", key)
         if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-            refuse(f"{where}.tool_calls: {name_of(calls)}, expected a list of objects. Write it so", key)
+            refuse(f"{where}.tool_calls: {name_of(type(calls))}, expected a list of objects. Write it so", key)
     if "content" not in message and calls:
         # Templates disagree about a missing content; all of them print "" as nothing.
         message["content"] = ""
@@ -309,7 +309,7 @@ def _to_message(value: Any, where: str, key: str) -> dict[str, Any]:
         refuse(f"{where}: no 'content'{_instead('content', message)}, expected a string. Add it", key)
     content = message["content"]
     if not isinstance(content, str):
-        refuse(f"{where}.content: {name_of(content)}, expected a string. Join its parts into one string", key)
+        refuse(f"{where}.content: {name_of(type(content))}, expected a string. Join its parts into one string", key)
     if role == "user":
         _check_text(content, f"{where}.content", key)
     return message
