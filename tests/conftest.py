@@ -7,6 +7,15 @@ import os
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
+
+import true_kd  # noqa: F401  (before mlx: see true_kd.blas)
+
+# The annotated shapes and dtypes are checked wherever these modules are called; so before anything imports them.
+install_import_hook(
+    ["true_kd.losses", "true_kd.targets", "true_kd.batching", "true_kd.examples"],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -28,7 +28,7 @@ class LossOptions(Options):
     """Softens teacher and student in the KD term, which is scaled by its square (Hinton et al., 2015)."""
     alpha: Fraction = 0.7
     """Weight of the KD term; 1 - alpha weighs cross-entropy on the teacher's text."""
-    chunk: PositiveInt = Field(default=512, ge=16)
+    chunk: PositiveInt = Field(default=256, ge=16)
     """Response tokens that pass the output head at a time: memory of the loss is chunk times vocabulary."""
 
 

@@ -165,8 +165,9 @@ def encode(
     count = mx.clip(mx.ceil(mass / options.threshold), 1, options.max_draws)
     steps = mx.cumsum(tail, axis=-1)
     # Divided by its own last element, the cumulative sum ends at exactly `count`, whatever the rounding within it.
-    steps = steps / mx.maximum(steps[:, -1:], 1e-30) * count
-    crossed = mx.floor(steps + mx.array(uniforms, dtype=mx.float32)[:, None])
+    # The running maximum undoes what rounding in a parallel sum may take back.
+    steps = mx.cummax(steps / mx.maximum(steps[:, -1:], 1e-30) * count, axis=-1)
+    crossed = mx.minimum(mx.floor(steps + mx.array(uniforms, dtype=mx.float32)[:, None]), count)
     previous = mx.concatenate([mx.zeros_like(crossed[:, :1]), crossed[:, :-1]], axis=-1)
     drawn = mx.where(exact | (mass <= 0), 0.0, crossed - previous)
     marks = mx.where(exact, _EXACT, drawn).astype(mx.uint8)
