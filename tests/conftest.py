@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -109,3 +113,52 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: P
 def student_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
     """A random student of the teacher's vocabulary."""
     return save_random_model(tmp_path_factory.mktemp("student"), tokenizer_folder, seed=2)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a call of the command line ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def cli() -> Callable[..., Ended]:
+    """Calls `true-kd` in this process, stdout and stderr no terminals; the exception of a bug passes through."""
+
+    def call(*arguments: str) -> Ended:
+        from true_kd.__main__ import main
+
+        out, err = io.StringIO(), io.StringIO()
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            pytest.raises(SystemExit) as stop,
+        ):
+            patch.setattr("sys.argv", ["true-kd", *arguments])
+            for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "COLUMNS"):
+                patch.delenv(name, raising=False)
+            patch.setenv("TRANSFORMERS_VERBOSITY", "error")
+            main()
+        return Ended(stop.value.code, out.getvalue(), err.getvalue())
+
+    return call
+
+
+@pytest.fixture
+def teacher(teacher_folder: Path):
+    """The random teacher, opened."""
+    from true_kd.models import ModelOptions, open_model
+
+    return open_model(ModelOptions(model=str(teacher_folder)), "teacher")
+
+
+@pytest.fixture
+def student(student_folder: Path):
+    """The random student, opened: each test its own, to train as it likes."""
+    from true_kd.models import ModelOptions, open_model
+
+    return open_model(ModelOptions(model=str(student_folder)), "student")

@@ -141,7 +141,11 @@ def _ended(response: list[int], stop_ids: Sequence[int]) -> list[int]:
 
 
 def make_example(
-    prompt: Sequence[int], response: Sequence[int], targets: TeacherTargets, where: str, max_seq_length: int
+    prompt: Sequence[int],
+    response: Sequence[int] | Int[np.ndarray, " response"],
+    targets: TeacherTargets,
+    where: str,
+    max_seq_length: int,
 ) -> Example | None:
     """An example of at most `max_seq_length` tokens: the response is cut at its end; None where none of it is left."""
     room = max_seq_length - len(prompt)

@@ -7,6 +7,7 @@ first student is opened, so a run's peak memory is that of its larger phase, not
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,8 @@ from filelock import FileLock, Timeout
 from true_kd import events, reporting
 from true_kd.cache import TargetCache, default_root
 from true_kd.capture import capture, render_for, teacher_identity
-from true_kd.errors import LockedError, TrueKDError
+from true_kd.errors import InputError, LockedError, TrueKDError
+from true_kd.files import CannotWrite
 from true_kd.jobs import CapturedTargets, Job
 from true_kd.models import LanguageModel, ModelOptions, describe, open_model, open_tokenizer, release_memory
 from true_kd.reporting import KDResult
@@ -71,14 +73,26 @@ class _Ledger:
         return events.DomainFailed(domain, error)
 
 
-def _hold(out: Path) -> FileLock:
+@contextlib.contextmanager
+def _hold(out: Path) -> Iterator[None]:
     """The lock on an output folder: two runs never write one."""
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InputError(f"--out {out}: a file is in the way, expected a folder. Choose another name.") from error
+    except OSError as error:
+        raise CannotWrite(out, error) from error
     lock = FileLock(out / ".lock", timeout=0)
     try:
-        return lock.acquire().lock
+        lock.acquire()
     except Timeout as error:
         raise LockedError(out, "another true-kd run") from error
+    except OSError as error:
+        raise CannotWrite(out, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _skip_finished(jobs: Sequence[Job], ledger: _Ledger) -> Generator[events.Event, None, list[Job]]:
