@@ -9,7 +9,9 @@ import importlib
 import importlib.util
 import platform
 import sys
+from importlib.metadata import PackageNotFoundError, version
 
+from true_kd import __version__
 from true_kd.errors import EnvironmentProblem
 
 
@@ -57,18 +59,12 @@ def device_name() -> str:
     return "metal" if sys.platform == "darwin" else "cuda"
 
 
-def describe_machine() -> dict[str, str]:
-    """Versions, device and BLAS, for `true-kd doctor`."""
-    import mlx.core as mx
-
-    from true_kd import blas
-    from true_kd.cache import default_root
-    from true_kd.reporting import versions
-
-    library = blas.IN_USE.library or ("platform's own" if sys.platform != "linux" else "wheel's own, slow")
-    return {
-        **versions(),
-        "device": f"{device_name()} ({mx.device_info().get('device_name', platform.machine())})",
-        "blas": f"{library} ({blas.IN_USE.reason})" if device_name() == "cpu" else "not used on a GPU",
-        "target cache": str(default_root()),
-    }
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    found = {"true-kd": __version__, "python": platform.python_version(), "platform": platform.platform(terse=True)}
+    for package in ("mlx", "mlx-lm", "transformers", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

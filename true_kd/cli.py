@@ -126,7 +126,7 @@ def init(
 @app.command()
 def doctor() -> int:
     """Show versions, device and BLAS: what to paste into an issue."""
-    from true_kd.backend import describe_machine
+    from true_kd.doctor import describe_machine
 
     for name, value in describe_machine().items():
         typer.echo(f"{name:<14}{value}")

@@ -5,17 +5,16 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from true_kd import __version__, adapters
+from true_kd import adapters
+from true_kd.backend import versions
 from true_kd.evaluation import EvalMetrics
 from true_kd.files import digest_file, write_json
 from true_kd.training import StepMetrics
@@ -174,14 +173,3 @@ def peak_memory(result: KDResult) -> int:
 def now() -> str:
     """The time in UTC, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    found = {"true-kd": __version__, "python": platform.python_version(), "platform": platform.platform(terse=True)}
-    for package in ("mlx", "mlx-lm", "transformers", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from true_kd import adapters, events, reporting
+from true_kd.backend import versions
 from true_kd.datasets import DomainData, build_data
 from true_kd.errors import NonFiniteLossError
 from true_kd.evaluation import evaluate, exact_match, score_answers
@@ -67,7 +68,7 @@ def distill_student(job: Job) -> Generator[events.Event, None, KDResult]:
         trainable_parameters=sum(weights.size for weights in run.best_weights.values()),
         student_parameters=student_parameters,
         finished_at=reporting.now(),
-        versions=reporting.versions(),
+        versions=versions(),
     )
     reporting.write_result(job.folder, result, job.run_digest)
     return result
