@@ -12,6 +12,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from true_kd.errors import TrueKDError
+    from true_kd.suggest import printable
 
     try:
         from true_kd.backend import require_mlx
@@ -23,7 +24,7 @@ def main() -> None:
     except TrueKDError as error:
         if os.environ.get("TRUE_KD_DEBUG") == "1":
             raise
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)

@@ -24,7 +24,7 @@ class BatchOptions(Options):
 
     batch_size: PositiveInt = 4
     """Sequences in a micro-batch."""
-    max_seq_length: PositiveInt = Field(default=2048, ge=8)
+    max_seq_length: int = Field(default=2048, ge=8)
     """Longest sequence in tokens, prompt and response; longer responses are cut at the end, and counted."""
     bucket: PositiveInt = 16
     """Batches whose examples are sorted by length together: larger pads less and mixes less."""
@@ -96,7 +96,7 @@ def _pad_targets(examples: Sequence[Example], temperature: float) -> TokenTarget
         return mx.array(out)
 
     return TokenTargets(
-        ids=padded([example.targets.ids for example in examples], np.int32),
+        ids=padded([np.maximum(example.targets.ids, 0) for example in examples], np.int32),
         weights=padded([weights for weights, _ in softened], np.float32),
         logprobs=padded([logprobs for _, logprobs in softened], np.float32),
     )

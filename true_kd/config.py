@@ -112,10 +112,11 @@ class KDConfig(RunConfig):
         for name, value in values.items():
             path = SHORT_NAMES.get(name, (name,))
             if isinstance(value, Options):
-                value = value.model_dump(mode="json")
-            if name in ("teacher", "student") and isinstance(value, Mapping):
-                path = (name,)
-            _put(nested, path, value)
+                value = value.model_dump(mode="json", exclude_unset=True)
+            if isinstance(value, Mapping):
+                _merge(nested, {name: value})
+            else:
+                _put(nested, path, value)
         checked = validate(RunConfig, nested, lambda _: "KDConfig")
         super().__init__(**{name: getattr(checked, name) for name in checked.model_fields_set})
 
@@ -149,8 +150,10 @@ def load_config(base: Path | None, domain: str | None, overrides: Sequence[Overr
         _merge(merged, _spelled_out(layer.data))
     flags: dict[KeyPath, str] = {}
     for override in overrides:
-        _put(merged, override.path, override.value, override.flag)
-        flags[override.path] = override.flag
+        by_name = override.path in (("teacher",), ("student",)) and isinstance(override.value, str)
+        path = (*override.path, "model") if by_name else override.path
+        _put(merged, path, override.value, override.flag)
+        flags[path] = override.flag
 
     def where(path: KeyPath) -> str:
         for length in range(len(path), 0, -1):

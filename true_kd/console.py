@@ -6,6 +6,7 @@ No escape code leaves this module when stdout is no terminal; with NO_COLOR set,
 from __future__ import annotations
 
 import os
+import sys
 import time
 import traceback
 from collections.abc import Sequence
@@ -15,12 +16,14 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from true_kd import events
 from true_kd.capture import CaptureProgress
 from true_kd.errors import TrueKDError
 from true_kd.evaluation import EvalMetrics
 from true_kd.reporting import KDResult, peak_memory
+from true_kd.suggest import printable
 from true_kd.training import StepMetrics
 
 _LINES_PER_STAGE = 10
@@ -76,7 +79,7 @@ class LineView:
 
     def say(self, line: str) -> None:
         """Print a line as it is."""
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(printable(line), markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def captured(self, domain: str, progress: CaptureProgress) -> None:
         """Report a capture now and then, and its end."""
@@ -102,7 +105,7 @@ class LineView:
     def summed_up(self, results: Sequence[KDResult], seconds: float) -> None:
         """Print the table of all domains."""
         if results:
-            self.console.print(results_table(results))
+            self.console.print(results_table(results, "->" if self.console.options.ascii_only else "→"))
             largest = max(peak_memory(result) for result in results)
             self.say(f"{seconds:.0f} s, peak memory {largest / 2**30:.2f} GB (teacher and student never together)")
 
@@ -169,12 +172,15 @@ class LiveView(LineView):
 
 def make_view() -> LineView:
     """The view that fits stdout."""
-    plain = "NO_COLOR" in os.environ
-    console = Console(color_system=None if plain else "auto", no_color=plain, highlight=False)
-    return LiveView(console) if console.is_terminal else LineView(console)
+    terminal = sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+    if not terminal:
+        # Wide enough that no row of a table is ever folded in a file or a pipe.
+        return LineView(Console(color_system=None, force_terminal=False, width=1000))
+    plain = bool(os.environ.get("NO_COLOR"))
+    return LiveView(Console(color_system=None if plain else "auto", no_color=plain, highlight=False))
 
 
-def results_table(results: Sequence[KDResult]) -> Table:
+def results_table(results: Sequence[KDResult], arrow: str = "→") -> Table:
     """How much nearer each domain's student came to the teacher."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("domain")
@@ -187,13 +193,13 @@ def results_table(results: Sequence[KDResult]) -> Table:
     for result in results:
         row = [
             result.domain,
-            f"{result.before.kl:.3f} → {result.after.kl:.3f}",
-            f"{result.before.top1_agreement:.0%} → {result.after.top1_agreement:.0%}",
+            f"{result.before.kl:.3f} {arrow} {result.after.kl:.3f}",
+            f"{result.before.top1_agreement:.0%} {arrow} {result.after.top1_agreement:.0%}",
         ]
         if checked:
             match = result.exact_match
-            row.append(f"{match.student:.0%} → {match.adapted:.0%} ({match.teacher:.0%})" if match else "-")
-        table.add_row(*row, result.adapter_path)
+            row.append(f"{match.student:.0%} {arrow} {match.adapted:.0%} ({match.teacher:.0%})" if match else "-")
+        table.add_row(*(Text(printable(cell)) for cell in (*row, result.adapter_path)))
     return table
 
 

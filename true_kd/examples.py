@@ -126,9 +126,10 @@ def _render_plain(
 
 
 def _encode_content(prompt: Prompt, tokenizer: Any, model: str) -> list[int]:
-    content = (prompt.completion or {}).get("content")
-    if not content:
-        raise TemplateError(prompt.where, model, "a completion of tool calls alone does not follow its prompt")
+    completion = prompt.completion or {}
+    content = completion.get("content")
+    if not content or completion.get("tool_calls"):
+        raise TemplateError(prompt.where, model, "a completion with tool calls does not follow its prompt")
     return list(tokenizer.encode(content, add_special_tokens=False))
 
 

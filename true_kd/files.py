@@ -20,7 +20,7 @@ class CannotWrite(EnvironmentProblem):
     """A file cannot be written: disk full, no permission, read-only."""
 
     def __init__(self, path: Path, error: Exception) -> None:
-        reason = getattr(error, "strerror", None) or str(error)
+        reason = " ".join((getattr(error, "strerror", None) or str(error)).split())
         super().__init__(f"{path}: cannot be written ({reason}). Free space or choose another --out, then run again.")
 
 
@@ -40,11 +40,13 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
+        temporary = None
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
+        raise CannotWrite(path, error) from error
+    finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-        raise CannotWrite(path, error) from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -18,7 +18,7 @@ import mlx.core as mx
 from jaxtyping import Float, Int
 from pydantic import Field
 
-from true_kd.options import Fraction, Options, PositiveInt, Temperature
+from true_kd.options import Fraction, Options, Temperature
 
 
 class LossOptions(Options):
@@ -28,7 +28,7 @@ class LossOptions(Options):
     """Softens teacher and student in the KD term, which is scaled by its square (Hinton et al., 2015)."""
     alpha: Fraction = 0.7
     """Weight of the KD term; 1 - alpha weighs cross-entropy on the teacher's text."""
-    chunk: PositiveInt = Field(default=256, ge=16)
+    chunk: int = Field(default=256, ge=16)
     """Response tokens that pass the output head at a time: memory of the loss is chunk times vocabulary."""
 
 
@@ -141,19 +141,49 @@ def head_losses(
     takes `dense_losses`.
     """
 
-    def chunk_sums(hidden: mx.array, labels: mx.array, targets: TokenTargets) -> tuple[mx.array, mx.array, mx.array]:
-        sums = _sums(head(hidden), labels, targets, options)
-        return sums.total, sums.kd, sums.ce
-
-    differentiate = mx.value_and_grad(chunk_sums)
     sums = LossSums(mx.array(0.0), mx.array(0.0), mx.array(0.0))
-    gradients = []
+    gradients: list[mx.array] = []
     for start in range(0, hidden.shape[0], options.chunk):
         stop = min(start + options.chunk, hidden.shape[0])
-        (total, kd, ce), gradient = differentiate(hidden[start:stop], labels[start:stop], targets.rows(start, stop))
+        states = hidden[start:stop]
+        if gradients:
+            # All chunks are one lazy graph; a chunk that waits for the one before it never shares memory with it.
+            (states,) = mx.depends([states], [gradients[-1], sums.total, sums.kd, sums.ce])
+        part, gradient = _chunk_losses(head, states, labels[start:stop], targets.rows(start, stop), options)
         gradients.append(gradient)
-        sums = LossSums(sums.total + total, sums.kd + kd, sums.ce + ce)
+        sums = LossSums(sums.total + part.total, sums.kd + part.kd, sums.ce + part.ce)
     return sums, mx.concatenate(gradients, axis=0)
+
+
+def _chunk_losses(
+    head: Callable[[mx.array], mx.array],
+    hidden: mx.array,
+    labels: mx.array,
+    targets: TokenTargets,
+    options: LossOptions,
+) -> tuple[LossSums, mx.array]:
+    """One chunk of `head_losses`. With W the sum of a token's weights w, and q the student's softmax:
+
+    d total / d logits = alpha T (W q_T - w) + (1 - alpha) (q_1 - onehot(label)).
+
+    Written out rather than left to automatic differentiation, which keeps three times as many arrays of tokens by
+    vocabulary alive.
+    """
+    alpha, temperature = options.alpha, options.temperature
+
+    def float_head(states: mx.array) -> mx.array:
+        return head(states).astype(mx.float32)
+
+    logits = float_head(hidden)
+    sums = _sums(logits, labels, targets, options)
+    mass = mx.sum(targets.weights, axis=-1, keepdims=True)
+    rows = mx.arange(hidden.shape[0])
+    slope = (alpha * temperature) * mass * mx.softmax(logits / temperature, axis=-1)
+    slope = slope + (1 - alpha) * mx.softmax(logits, axis=-1)
+    slope = slope.at[rows[:, None], targets.ids].subtract((alpha * temperature) * targets.weights)
+    slope = slope.at[rows, labels].subtract(1 - alpha)
+    _, (gradient,) = mx.vjp(float_head, [hidden], [slope])
+    return sums, gradient
 
 
 def dense_losses(

@@ -7,6 +7,7 @@ cannot spoil a terminal or a log.
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
 _SHOWN = 60
@@ -35,3 +36,11 @@ def did_you_mean(word: str, candidates: Iterable[str]) -> str:
 def quote(text: str) -> str:
     """`text` in quotes on one line: control and surrogate codes escaped, cut after 60 characters."""
     return repr(text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "...")
+
+
+def printable(text: str) -> str:
+    """`text` without power over the terminal: control characters are written out, line ends and tabs stay."""
+    return "".join(
+        letter if letter in "\n\t" or unicodedata.category(letter) not in ("Cc", "Cs") else repr(letter)[1:-1]
+        for letter in text
+    )

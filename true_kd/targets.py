@@ -13,14 +13,14 @@ Thorup (2007).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import mlx.core as mx
 import numpy as np
 from jaxtyping import Float, Int
 from pydantic import Field
 
-from true_kd.options import Options, PositiveInt, Temperature
+from true_kd.options import Options, Temperature
 
 _EXACT = 255
 """The value of `draws` that marks an id kept exactly."""
@@ -34,8 +34,12 @@ class TargetOptions(Options):
     draw for each such share of its mass. Smaller is more faithful and larger on disk."""
     draw_temperature: Temperature = 2.0
     """The temperature the sample is drawn for; other temperatures reuse it with other weights and more variance."""
-    max_draws: PositiveInt = Field(default=200, le=254)
+    max_draws: int = Field(default=200, ge=1, le=254)
     """Upper limit of the draws per token, for teachers that are nearly uniform."""
+
+
+_LEAST = -1e4
+"""Stands for the log-probability of an impossible token: exp of a tenth of it is 0 still."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,9 @@ class TeacherTargets:
     offsets: np.ndarray
     """int32 [N + 1]."""
     ids: np.ndarray
-    """int32 [E], ids of the teacher's vocabulary."""
+    """int32 [E], ids of the teacher's vocabulary, or after `with_ids` the student's; -1 where that has none."""
     logprobs: np.ndarray
-    """float16 [E], the teacher's log-probability at temperature 1, nats."""
+    """float32 [E], the teacher's log-probability at temperature 1, nats."""
     draws: np.ndarray
     """uint8 [E], how often the tail sample drew this id; 255 where it is kept exactly."""
     draw_mass: np.ndarray
@@ -79,20 +83,9 @@ class TeacherTargets:
         )
 
     def with_ids(self, id_map: np.ndarray) -> TeacherTargets:
-        """The same targets in another vocabulary; entries that `id_map` sends to -1 leave their mass unassigned."""
-        ids = id_map[self.ids]
-        kept = ids >= 0
-        counts = np.add.reduceat(kept, self.offsets[:-1]) if len(self) else np.zeros(0, dtype=np.int64)
-        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-        return TeacherTargets(
-            offsets,
-            ids[kept].astype(np.int32),
-            self.logprobs[kept],
-            self.draws[kept],
-            self.draw_mass,
-            self.log_partition,
-            self.draw_temperature,
-        )
+        """The same targets in another vocabulary. Entries that `id_map` sends to -1 stay, with weight 0: their mass is
+        left unassigned, not handed to the others."""
+        return replace(self, ids=np.where(self.ids >= 0, id_map[self.ids], -1).astype(np.int32))
 
     def at_temperature(self, temperature: float) -> tuple[np.ndarray, np.ndarray]:
         """Weights and log-probabilities of the entries for the distribution softened by `temperature`.
@@ -126,7 +119,8 @@ class TeacherTargets:
             total = np.bincount(rows, np.exp(log_weights - top[rows]), minlength=len(self))
             partition = top + np.log(total)
         logprobs = beta * raw - partition[rows]
-        return np.exp(log_weights - partition[rows]).astype(np.float32), logprobs.astype(np.float32)
+        weights = np.where(self.ids >= 0, np.exp(log_weights - partition[rows]), 0.0)
+        return weights.astype(np.float32), logprobs.astype(np.float32)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The array fields by name, in the order they are stored."""
@@ -178,7 +172,7 @@ def encode(
     return TeacherTargets(
         offsets=np.concatenate([[0], np.cumsum(per_row)]).astype(np.int32),
         ids=ids.astype(np.int32),
-        logprobs=np.maximum(kept, -6e4).astype(np.float16),
+        logprobs=np.maximum(kept, _LEAST),
         draws=marked[rows, ids],
         draw_mass=np.array((mass / count)[:, 0]),
         log_partition=np.array(log_partition[:, 0]),

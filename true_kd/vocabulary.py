@@ -48,7 +48,7 @@ def map_vocabulary(
     ----------
     teacher_size, student_size
         rows of the output heads, padding included. Padding ids are nobody's token; those both heads have go to
-        themselves, since a teacher puts no mass there.
+        themselves. A token that only one of the two knows goes nowhere.
 
     Raises
     ------
@@ -66,18 +66,16 @@ def map_vocabulary(
             f"tokens (the first is {first}: {teacher_tokens[first]!r} and {student_tokens[first]!r}), expected one "
             "map. Choose models of one family, or --vocab-strategy project to map by token text."
         )
-    ids = np.arange(teacher_size, dtype=np.int32)
-    ids[student_size:] = -1
-    if strategy == "project":
-        for index, token in teacher_tokens.items():
-            if index < teacher_size:
-                ids[index] = student.get(token, -1)
-        unnamed = [index for index in range(teacher_size) if index not in teacher_tokens]
-        ids[unnamed] = -1
-    else:
-        ids[different] = -1
-    named = [index for index in teacher_tokens if index < teacher_size]
-    if not (ids[named] >= 0).any():
+    ids = np.full(teacher_size, -1, dtype=np.int32)
+    for index in range(teacher_size):
+        token = teacher_tokens.get(index)
+        if strategy == "project":
+            ids[index] = -1 if token is None else student.get(token, -1)
+        elif token == student_tokens.get(index):
+            # The same token in both, or padding in both.
+            ids[index] = index
+    ids[ids >= student_size] = -1
+    if not any(ids[index] >= 0 for index in teacher_tokens if index < teacher_size):
         raise VocabularyError(
             f"teacher and student vocabularies: no common token under --vocab-strategy {strategy}. "
             "Choose models whose tokenizers are related."
@@ -107,12 +105,14 @@ def align_vocab_sizes(
         return teacher_logits[..., :width], student_logits[..., :width]
     if strategy != "project":
         raise ValueError(f"strategy {strategy!r}: expected 'truncate' or 'project'")
-    if id_map is None or len(id_map) != teacher_logits.shape[-1]:
-        raise ValueError(f"strategy 'project': expected id_map with {teacher_logits.shape[-1]} entries")
+    width = student_logits.shape[-1]
+    if id_map is None or len(id_map) != teacher_logits.shape[-1] or np.max(id_map) >= width:
+        raise ValueError(
+            f"strategy 'project': expected id_map with {teacher_logits.shape[-1]} entries, each below {width} or -1"
+        )
     kept = np.flatnonzero(np.asarray(id_map) >= 0)
-    logits = teacher_logits.astype(mx.float32)
+    logits = teacher_logits.astype(mx.float32)[..., mx.array(kept)]
     shift = mx.max(logits, axis=-1, keepdims=True)
-    mass = mx.exp(logits - shift)[..., mx.array(kept)]
-    projected = mx.zeros((*logits.shape[:-1], student_logits.shape[-1]))
-    projected = projected.at[..., mx.array(np.asarray(id_map)[kept])].add(mass)
+    projected = mx.zeros((*logits.shape[:-1], width))
+    projected = projected.at[..., mx.array(np.asarray(id_map)[kept])].add(mx.exp(logits - shift))
     return mx.log(projected) + shift, student_logits

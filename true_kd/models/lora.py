@@ -8,10 +8,11 @@ from typing import Any, Literal
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from true_kd.errors import InputError
 from true_kd.options import Options, PositiveInt
+from true_kd.suggest import did_you_mean
 
 
 class LoraOptions(Options):
@@ -30,6 +31,14 @@ class LoraOptions(Options):
     keys: tuple[str, ...] | None = None
     """Layers inside a block to adapt, such as self_attn.q_proj; null for every linear layer."""
 
+    @field_validator("num_layers")
+    @classmethod
+    def _not_zero(cls, value: int) -> int:
+        # mlx-lm reads 0 as all layers.
+        if value == 0:
+            raise ValueError("0, expected -1 for all layers or a number from 1. Change it.")
+        return value
+
 
 def add_lora(module: nn.Module, options: LoraOptions) -> None:
     """Freeze the model and put adapters on it, through mlx-lm so that its files load there unchanged.
@@ -41,16 +50,23 @@ def add_lora(module: nn.Module, options: LoraOptions) -> None:
     """
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
+    _check_keys(module, options)
     module.freeze()
     try:
         linear_to_lora_layers(module, options.num_layers, lora_parameters(options), use_dora=options.type == "dora")
     except ValueError as error:
         raise InputError(f"lora: this student cannot be adapted ({error}). Change lora.keys or lora.type.") from error
-    if not tree_flatten(module.trainable_parameters()):
-        names = sorted({name for name, layer in module.layers[-1].named_modules() if hasattr(layer, "weight")})
+
+
+def _check_keys(module: nn.Module, options: LoraOptions) -> None:
+    layers = dict(module.layers[-1].named_modules()) | dict(module.named_modules())
+    names = {name for name, layer in layers.items() if name and "weight" in layer}
+    unknown = [key for key in options.keys or () if key not in names]
+    if unknown or options.keys == ():
+        within = sorted(name for name, layer in module.layers[-1].named_modules() if name and "weight" in layer)
         raise InputError(
-            f"lora.keys: no layer of the student is called {', '.join(options.keys or ())}. "
-            f"Expected some of: {', '.join(names)}."
+            f"lora.keys: no layer of the student is called {', '.join(unknown) or 'nothing'}"
+            f"{did_you_mean(unknown[0], within) if unknown else ''}. Expected some of: {', '.join(within)}."
         )
 
 

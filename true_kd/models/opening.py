@@ -127,6 +127,7 @@ def describe(options: ModelOptions, seam: str) -> ModelFiles:
 
 _TEXT_FILES = (
     "config.json",
+    "generation_config.json",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
