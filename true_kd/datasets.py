@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from true_kd.cache import CachedReply
 from true_kd.capture import TeacherPrompt
 from true_kd.errors import InputError
@@ -24,8 +22,8 @@ class DomainData:
 
     train: list[Example]
     valid: list[Example]
-    checkable: list[tuple[Prompt, np.ndarray]]
-    """Validation prompts with an answer, and the teacher's reply in the student's token ids."""
+    checkable: list[Prompt]
+    """Validation prompts with an answer."""
     counts: DataCounts
 
 
@@ -55,11 +53,7 @@ def build_data(job: Job, student: LanguageModel) -> DomainData:
                 f"least one. Prompts must leave room for a reply within training.max_seq_length="
                 f"{config.training.max_seq_length}."
             )
-    checkable = [
-        (prompt, job.vocabulary.ids[replies[asked.key].tokens])
-        for prompt, asked in zip(job.valid_prompts, targets.valid, strict=True)
-        if prompt.answer is not None
-    ]
+    checkable = [prompt for prompt in job.valid_prompts if prompt.answer is not None]
     counts = DataCounts(
         train_examples=len(examples["train"]),
         valid_examples=len(examples["valid"]),

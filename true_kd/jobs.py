@@ -30,7 +30,9 @@ class CapturedTargets:
     valid: Sequence[TeacherPrompt]
     seconds: float
     peak_memory: int
-    """Bytes, of the teacher's phase so far; 0 where everything was in the cache."""
+    """Bytes, of the teacher's phase so far."""
+    exact_match: float | None
+    """Share of checkable validation tasks that the teacher's replies get right; None where there are none."""
 
 
 @dataclass

@@ -19,6 +19,7 @@ from true_kd import events, reporting
 from true_kd.cache import TargetCache, default_root
 from true_kd.capture import capture, render_for, teacher_identity
 from true_kd.errors import InputError, LockedError, TrueKDError
+from true_kd.evaluation import score_answers
 from true_kd.files import CannotWrite
 from true_kd.jobs import CapturedTargets, Job
 from true_kd.models import LanguageModel, ModelOptions, describe, open_model, open_tokenizer, release_memory
@@ -153,7 +154,14 @@ def _capture(job: Job, teacher: LanguageModel) -> Generator[events.Event, None, 
     valid = render_for(teacher, job.valid_prompts)
     for progress in capture(teacher, [*train, *valid], cache, config.capture, config.targets):
         yield events.Captured(job.domain, progress)
-    return CapturedTargets(cache, train, valid, time.perf_counter() - started, mx.get_peak_memory())
+    replies = cache.read(dict.fromkeys(prompt.key for prompt in valid))
+    answered = [
+        (prompt, replies[asked.key].tokens)
+        for prompt, asked in zip(job.valid_prompts, valid, strict=True)
+        if prompt.answer is not None
+    ]
+    score = score_answers(*zip(*answered, strict=True), teacher, config.evaluation) if answered else None
+    return CapturedTargets(cache, train, valid, time.perf_counter() - started, mx.get_peak_memory(), score)
 
 
 def _train_isolated(job: Job, ledger: _Ledger) -> Iterator[events.Event]:

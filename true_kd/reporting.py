@@ -82,7 +82,6 @@ class KDResult:
     seconds: Mapping[str, float]
     """Per phase: capture, training, evaluation. Capture counts what this run captured, not what the cache held."""
     capture_peak_memory: int
-    """0 where everything was in the cache."""
     training_peak_memory: int
     trainable_parameters: int
     student_parameters: int

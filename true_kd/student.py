@@ -12,7 +12,7 @@ from true_kd import adapters, events, reporting
 from true_kd.backend import versions
 from true_kd.datasets import DomainData, build_data
 from true_kd.errors import NonFiniteLossError
-from true_kd.evaluation import evaluate, exact_match, score_answers
+from true_kd.evaluation import evaluate, exact_match
 from true_kd.files import write_json
 from true_kd.jobs import Job
 from true_kd.models import LanguageModel, add_lora, open_model, parameter_count, trainable
@@ -59,7 +59,7 @@ def distill_student(job: Job) -> Generator[events.Event, None, KDResult]:
         before=before.metrics,
         after=run.best.metrics,
         best_iteration=run.best.iteration,
-        exact_match=_compare_answers(job, student, data, answers_before, answers_after),
+        exact_match=_compare_answers(job, data, answers_before, answers_after),
         steps=tuple(run.steps),
         validations=(before, *run.validations),
         seconds={"capture": job.targets.seconds, **clock.seconds},
@@ -150,15 +150,11 @@ def _save(job: Job, weights: dict[str, mx.array], checkpoint: int | None = None)
 def _exact_match(job: Job, student: LanguageModel, data: DomainData) -> float | None:
     if not (job.config.evaluation.exact_match and data.checkable):
         return None
-    prompts = [prompt for prompt, _ in data.checkable]
-    return exact_match(student, prompts, job.config.capture, job.config.evaluation)
+    return exact_match(student, data.checkable, job.config.capture, job.config.evaluation)
 
 
-def _compare_answers(
-    job: Job, student: LanguageModel, data: DomainData, before: float | None, after: float | None
-) -> ExactMatch | None:
-    if before is None or after is None:
+def _compare_answers(job: Job, data: DomainData, before: float | None, after: float | None) -> ExactMatch | None:
+    teacher = job.targets.exact_match
+    if before is None or after is None or teacher is None:
         return None
-    prompts, replies = zip(*data.checkable, strict=True)
-    teacher = score_answers(prompts, replies, student, job.config.evaluation)
-    return ExactMatch(tasks=len(prompts), student=before, adapted=after, teacher=teacher)
+    return ExactMatch(tasks=len(data.checkable), student=before, adapted=after, teacher=teacher)
