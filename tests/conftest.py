@@ -136,16 +136,30 @@ def cli() -> Callable[..., Ended]:
             pytest.MonkeyPatch.context() as patch,
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
-            pytest.raises(SystemExit) as stop,
         ):
             patch.setattr("sys.argv", ["true-kd", *arguments])
             for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "COLUMNS"):
                 patch.delenv(name, raising=False)
             patch.setenv("TRANSFORMERS_VERBOSITY", "error")
-            main()
+            with pytest.raises(SystemExit) as stop:
+                main()
         return Ended(stop.value.code, out.getvalue(), err.getvalue())
 
     return call
+
+
+@pytest.fixture(scope="session")
+def quantised_folder(student_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The random student in 4 bits, as `mlx_lm convert -q` lays it out."""
+    from mlx_lm.utils import load_model, quantize_model, save_config, save_model
+
+    folder = tmp_path_factory.mktemp("quantised")
+    module, config = quantize_model(*load_model(student_folder), 32, 4)
+    save_model(folder, module)
+    save_config(config, folder / "config.json")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((student_folder / name).read_bytes())
+    return folder
 
 
 @pytest.fixture

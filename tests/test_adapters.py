@@ -1,0 +1,221 @@
+"""What is written loads in mlx-lm as it was trained, and only whole adapters load here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_map
+
+from true_kd import adapters
+from true_kd.adapters import checkpoint_folder, load_adapter, read_json, remove_checkpoints, save_adapter
+from true_kd.errors import CacheError
+from true_kd.models import LoraOptions, ModelOptions, add_lora, open_model, trainable
+
+SOME_TOKENS = mx.array([[5, 17, 99, 0, 42, 63], [1, 1, 2, 3, 5, 8]])
+KINDS = {
+    "lora": LoraOptions(rank=3),
+    "dora": LoraOptions(type="dora", rank=3),
+    "some keys": LoraOptions(rank=2, scale=5.0, keys=("self_attn.q_proj", "mlp.down_proj")),
+    "the head": LoraOptions(rank=2, keys=("model.embed_tokens", "self_attn.v_proj")),
+    "the last block": LoraOptions(rank=2, num_layers=1, dropout=0.1),
+}
+
+
+def opened(folder: Path, dequantize: str = "auto") -> nn.Module:
+    return open_model(ModelOptions(model=str(folder), dequantize=dequantize), "student").module
+
+
+def logits_of(module: nn.Module) -> mx.array:
+    module.eval()
+    return module(SOME_TOKENS)
+
+
+def adapt(module: nn.Module, options: LoraOptions) -> nn.Module:
+    """The model with an adapter that changes what it says."""
+    plain = logits_of(module)
+    mx.random.seed(8)
+    add_lora(module, options)
+    module.update(tree_map(lambda value: value + 0.05 * mx.random.normal(value.shape), module.trainable_parameters()))
+    assert not mx.allclose(logits_of(module), plain, rtol=0.05, atol=0.05)
+    return module
+
+
+def save(folder: Path, module: nn.Module, options: LoraOptions, student: Path) -> Path:
+    save_adapter(folder, trainable(module), options, str(student), {"temperature": 2.0, "seed": 0})
+    return folder
+
+
+@pytest.fixture
+def saved(student_folder: Path, tmp_path: Path) -> Path:
+    """A LoRA adapter of the random student, on disk."""
+    options = KINDS["lora"]
+    return save(tmp_path / "adapter", adapt(opened(student_folder), options), options, student_folder)
+
+
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS.keys())
+def test_mlx_lm_loads_the_adapter_as_it_was_trained(student_folder: Path, tmp_path: Path, options: LoraOptions) -> None:
+    from mlx_lm import load
+
+    trained = adapt(opened(student_folder), options)
+    save(tmp_path / "adapter", trained, options, student_folder)
+    loaded, _ = load(str(student_folder), adapter_path=str(tmp_path / "adapter"))
+    assert mx.allclose(logits_of(loaded), logits_of(trained), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS.keys())
+def test_the_adapter_loads_here_as_it_was_trained(student_folder: Path, tmp_path: Path, options: LoraOptions) -> None:
+    trained = adapt(opened(student_folder), options)
+    save(tmp_path / "adapter", trained, options, student_folder)
+    module = opened(student_folder)
+    load_adapter(module, tmp_path / "adapter")
+    assert mx.array_equal(logits_of(module), logits_of(trained))
+
+
+@pytest.mark.parametrize("dequantize", ["no", "yes"])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_an_adapter_of_a_quantised_student_loads_on_it(
+    quantised_folder: Path, tmp_path: Path, dequantize, kind
+) -> None:
+    from mlx_lm import load
+
+    options = KINDS[kind]
+    trained = adapt(opened(quantised_folder, dequantize), options)
+    save(tmp_path / "adapter", trained, options, quantised_folder)
+    loaded, _ = load(str(quantised_folder), adapter_path=str(tmp_path / "adapter"))
+    tolerance = 1e-5 if dequantize == "no" else 1e-3
+    assert mx.allclose(logits_of(loaded), logits_of(trained), rtol=tolerance, atol=tolerance)
+    module = opened(quantised_folder, dequantize)
+    load_adapter(module, tmp_path / "adapter")
+    assert mx.array_equal(logits_of(module), logits_of(trained))
+
+
+def test_the_config_names_what_mlx_lm_reads_and_what_was_distilled(saved: Path, student_folder: Path) -> None:
+    config = json.loads((saved / adapters.CONFIG).read_text())
+    assert config["fine_tune_type"] == "lora"
+    assert config["num_layers"] == -1
+    assert config["lora_parameters"] == {"rank": 3, "scale": 2.0, "dropout": 0.0}
+    assert config["model"] == str(student_folder)
+    assert config["true_kd"] == {"temperature": 2.0, "seed": 0}
+
+
+def test_saving_again_gives_the_same_bytes(saved: Path, student_folder: Path, tmp_path: Path) -> None:
+    options = KINDS["lora"]
+    again = save(tmp_path / "again", adapt(opened(student_folder), options), options, student_folder)
+    for name in (adapters.WEIGHTS, adapters.CONFIG):
+        assert (again / name).read_bytes() == (saved / name).read_bytes()
+
+
+def drop_a_tensor(folder: Path) -> None:
+    tensors = mx.load(str(folder / adapters.WEIGHTS))
+    tensors.pop("model.layers.1.mlp.up_proj.lora_b")
+    mx.save_safetensors(str(folder / adapters.WEIGHTS), tensors)
+
+
+def add_a_tensor(folder: Path) -> None:
+    tensors = mx.load(str(folder / adapters.WEIGHTS))
+    mx.save_safetensors(str(folder / adapters.WEIGHTS), {**tensors, "step": mx.array(3)})
+
+
+def change_the_rank(folder: Path) -> None:
+    config = json.loads((folder / adapters.CONFIG).read_text())
+    config["lora_parameters"]["rank"] = 4
+    (folder / adapters.CONFIG).write_text(json.dumps(config))
+
+
+def claim_dora(folder: Path) -> None:
+    config = json.loads((folder / adapters.CONFIG).read_text())
+    (folder / adapters.CONFIG).write_text(json.dumps({**config, "fine_tune_type": "dora"}))
+
+
+def cut(folder: Path) -> None:
+    weights = folder / adapters.WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-10])
+
+
+FAULTS = {
+    "a missing tensor": drop_a_tensor,
+    "one tensor too many": add_a_tensor,
+    "another rank": change_the_rank,
+    "lora called dora": claim_dora,
+    "cut weights": cut,
+    "empty weights": lambda folder: (folder / adapters.WEIGHTS).write_bytes(b""),
+    "no weights": lambda folder: (folder / adapters.WEIGHTS).unlink(),
+    "no config": lambda folder: (folder / adapters.CONFIG).unlink(),
+    "a broken config": lambda folder: (folder / adapters.CONFIG).write_text("{"),
+    "an empty config": lambda folder: (folder / adapters.CONFIG).write_text("{}"),
+    "a config that is a list": lambda folder: (folder / adapters.CONFIG).write_text("[]"),
+}
+
+
+NOT_CAUGHT = pytest.mark.xfail(strict=True, reason="load_adapter lets the TypeError of mlx-lm through")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(spoil, id=name, marks=NOT_CAUGHT if name == "a config that is a list" else ())
+        for name, spoil in FAULTS.items()
+    ],
+)
+def test_an_adapter_that_is_not_whole_is_refused(
+    saved: Path, student_folder: Path, spoil: Callable[[Path], None]
+) -> None:
+    spoil(saved)
+    with pytest.raises(CacheError, match="Distil it again"):
+        load_adapter(opened(student_folder), saved)
+
+
+def test_an_adapter_of_another_model_is_refused(saved: Path, teacher_folder: Path) -> None:
+    with pytest.raises(CacheError, match="not an adapter of this student"):
+        load_adapter(opened(teacher_folder), saved)
+
+
+def test_old_checkpoints_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("checkpoint_5", "checkpoint_100", "checkpoint_best", "my notes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("")
+    (tmp_path / adapters.WEIGHTS).write_text("")
+    remove_checkpoints(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint_best", "my notes", adapters.WEIGHTS}
+
+
+def test_removing_checkpoints_of_a_folder_that_is_not_there_is_nothing_to_do(tmp_path: Path) -> None:
+    remove_checkpoints(tmp_path / "nowhere")
+    assert checkpoint_folder(tmp_path, 50) == tmp_path / "checkpoint_50"
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"\xff\xfe"])
+def test_a_file_that_is_no_json_reads_as_none(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "file.json").write_bytes(content)
+    assert read_json(tmp_path / "file.json") is None
+
+
+def mlx_lm_command(*arguments: object) -> str:
+    command = [sys.executable, "-m", "mlx_lm", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_mlx_lm_generate_takes_the_adapter(saved: Path, student_folder: Path) -> None:
+    asked = ("--prompt", "hi", "--max-tokens", 5)
+    adapted = mlx_lm_command("generate", "--model", student_folder, "--adapter-path", saved, *asked)
+    assert "Generation: 5 tokens" in adapted
+
+
+@pytest.mark.slow
+def test_a_fused_student_says_what_the_adapted_one_does(saved: Path, student_folder: Path, tmp_path: Path) -> None:
+    fused = tmp_path / "fused"
+    mlx_lm_command("fuse", "--model", student_folder, "--adapter-path", saved, "--save-path", fused)
+    adapted = opened(student_folder)
+    load_adapter(adapted, saved)
+    assert mx.allclose(logits_of(opened(fused)), logits_of(adapted), rtol=1e-3, atol=1e-3)

@@ -1,0 +1,183 @@
+"""What MLX runs on: one line with the remedy where it is missing, and a fast BLAS where there is one."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from true_kd import blas
+from true_kd.backend import BackendMissing, device_name, require_mlx
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="the wheel's slow BLAS is that of Linux")
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A Python of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+def true_kd(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own."""
+    command = [sys.executable, "-m", "true_kd", *arguments]
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def hollow(tmp_path: Path) -> str:
+    """A folder whose `mlx` has no `mlx.core`, as after `pip install mlx` alone on Linux."""
+    (tmp_path / "hollow" / "mlx").mkdir(parents=True)
+    (tmp_path / "hollow" / "mlx" / "__init__.py").touch()
+    return str(tmp_path / "hollow")
+
+
+@linux
+def test_without_a_backend_one_line_names_the_extras(hollow: str) -> None:
+    done = true_kd("doctor", PYTHONPATH=hollow)
+    [line] = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (4, "")
+    assert line.startswith("mlx cannot be imported (No module named 'mlx.core').")
+    assert "[cpu]" in line
+    assert "[cuda12]" in line
+    assert "[cuda13]" in line
+
+
+def test_without_a_backend_the_python_api_says_the_same(hollow: str) -> None:
+    code = (
+        "import true_kd\n"
+        "from true_kd.errors import EnvironmentProblem\n"
+        "try: true_kd.KDConfig\n"
+        "except EnvironmentProblem as error: print(error)"
+    )
+    done = python(code, PYTHONPATH=hollow)
+    assert done.stderr == ""
+    assert done.stdout.startswith("mlx cannot be imported (")
+
+
+@linux
+@pytest.mark.xfail(strict=True, reason="__main__ asks for MLX before it looks at the arguments")
+def test_without_a_backend_the_help_can_still_be_read(hollow: str) -> None:
+    assert true_kd("--help", PYTHONPATH=hollow).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "says"),
+    [
+        ("Linux", "x86_64", "pip install 'true-kd[cpu]'"),
+        ("Linux", "aarch64", "pip install 'true-kd[cpu]'"),
+        ("Darwin", "arm64", "pip install --force-reinstall mlx mlx-lm"),
+        ("Darwin", "x86_64", "use an Apple Silicon Mac or Linux"),
+        ("Windows", "AMD64", "use an Apple Silicon Mac or Linux"),
+    ],
+)
+def test_the_remedy_is_that_of_the_platform(
+    system: str, machine: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "system", lambda: system)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    error = BackendMissing(ImportError("libmlx.so: cannot open\nshared object file"))
+    [line] = str(error).splitlines()
+    assert line.startswith("mlx cannot be imported (libmlx.so: cannot open). ")
+    assert says in line
+    assert error.exit_code == 4
+
+
+def test_an_error_without_a_message_is_named_by_its_kind() -> None:
+    assert str(BackendMissing(ModuleNotFoundError())).startswith("mlx cannot be imported (ModuleNotFoundError). ")
+
+
+def test_without_mlx_lm_the_remedy_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_mlx()
+    monkeypatch.setitem(sys.modules, "mlx_lm", None)
+    with pytest.raises(BackendMissing, match="No module named 'mlx_lm'"):
+        require_mlx()
+
+
+def test_the_device_has_one_of_three_names() -> None:
+    assert device_name() in ("cpu", "metal", "cuda")
+
+
+def test_importing_the_package_imports_no_mlx() -> None:
+    done = python("import sys, true_kd; print(*(name for name in sys.modules if name.startswith('mlx')))")
+    assert (done.stdout, done.stderr) == ("\n", "")
+
+
+# doctor.
+
+
+def test_doctor_prints_versions_device_and_blas(cli, own_cache: Path) -> None:
+    ended = cli("doctor")
+    assert (ended.code, ended.err) == (0, "")
+    facts = dict(line.split(None, 1) for line in ended.out.splitlines())
+    assert {"true-kd", "python", "platform", "mlx", "mlx-lm", "device", "blas"} <= set(facts)
+    assert facts["device"].startswith(device_name())
+    assert ended.out.splitlines()[-1].endswith(str(own_cache))
+
+
+@pytest.mark.skipif(device_name() != "cpu", reason="a GPU needs no BLAS")
+def test_doctor_names_the_blas_of_this_process(cli) -> None:
+    [line] = [line for line in cli("doctor").out.splitlines() if line.startswith("blas ")]
+    assert blas.IN_USE.reason in line
+    assert blas.IN_USE.library is None or blas.IN_USE.library in line
+
+
+@linux
+def test_a_blas_that_is_not_there_is_reported_and_the_rest_works() -> None:
+    done = true_kd("doctor", TRUE_KD_BLAS="/nowhere/libblas.so")
+    assert (done.returncode, done.stderr) == (0, "")
+    if device_name() == "cpu":
+        assert "TRUE_KD_BLAS=/nowhere/libblas.so cannot be loaded" in done.stdout
+
+
+# BLAS.
+
+IN_USE = "from true_kd import blas; print(blas.IN_USE.library, blas.IN_USE.reason, sep='|')"
+
+
+@linux
+@pytest.mark.parametrize(
+    ("value", "library", "reason"),
+    [
+        ("off", "None", "TRUE_KD_BLAS=off"),
+        ("/nowhere/libblas.so", "None", "TRUE_KD_BLAS=/nowhere/libblas.so cannot be loaded"),
+        (os.devnull, "None", f"TRUE_KD_BLAS={os.devnull} cannot be loaded"),
+        (__file__, "None", f"TRUE_KD_BLAS={__file__} cannot be loaded"),
+        pytest.param(
+            "libc.so.6",
+            "None",
+            "TRUE_KD_BLAS=libc.so.6",
+            marks=pytest.mark.xfail(strict=True, reason="blas._load: any library that loads passes for a BLAS"),
+        ),
+        pytest.param(
+            "OFF",
+            "None",
+            "TRUE_KD_BLAS=OFF",
+            marks=pytest.mark.xfail(strict=True, reason="blas._load: OFF is taken for a file: 'cannot be loaded'"),
+        ),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_the_blas_that_was_chosen_is_the_one_that_is_loaded(value: str, library: str, reason: str) -> None:
+    done = python(f"import sys; {IN_USE}", TRUE_KD_BLAS=value)
+    assert (done.stdout.strip(), done.stderr) == (f"{library}|{reason}", "")
+
+
+@linux
+def test_after_mlx_it_is_too_late_for_a_blas() -> None:
+    done = python(f"import sys, mlx.core; {IN_USE}", TRUE_KD_BLAS="")
+    assert done.stdout.strip() == "None|mlx was imported before true_kd, too late to load one"
+
+
+@linux
+def test_a_library_that_is_found_by_search_can_be_chosen_by_name() -> None:
+    found = python(f"import sys; {IN_USE}", TRUE_KD_BLAS="").stdout.strip().split("|")
+    if found[0] == "None":
+        assert "apt install libopenblas0-pthread" in found[1]
+    else:
+        assert python(f"import sys; {IN_USE}", TRUE_KD_BLAS=found[0]).stdout.strip() == f"{found[0]}|found and loaded"

@@ -1,0 +1,338 @@
+"""A run on the screen: lines of plain text in a pipe, bars on a terminal, and colour only where it is wanted."""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from true_kd import events
+from true_kd.capture import CaptureProgress
+from true_kd.console import LineView, LiveView, make_view
+from true_kd.errors import InputError, PromptError
+from true_kd.evaluation import EvalMetrics
+from true_kd.reporting import DataCounts, ExactMatch, KDResult, Validation
+from true_kd.training import StepMetrics
+
+ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+METRICS = EvalMetrics(loss=2.5, kd=2.0, ce=3.0, kl=0.75, top1_agreement=0.5, tokens=40)
+COUNTS = DataCounts(
+    train_examples=9,
+    valid_examples=1,
+    train_response_tokens=1234,
+    train_tokens=56789,
+    truncated=0,
+    dropped=0,
+    cut_replies=0,
+    cache_bytes=100,
+)
+RESULT = KDResult(
+    domain="cats",
+    teacher="a/b",
+    student="c/d",
+    adapter_path="adapters_kd/cats",
+    data=COUNTS,
+    before=METRICS,
+    after=replace(METRICS, kl=0.25, top1_agreement=0.9),
+    best_iteration=2,
+    exact_match=None,
+    steps=(),
+    validations=(),
+    seconds={},
+    capture_peak_memory=3 * 2**30,
+    training_peak_memory=2**30,
+    trainable_parameters=10,
+    student_parameters=100,
+    finished_at="2026-01-01T00:00:00+00:00",
+)
+SUMMARY = Path("adapters_kd/kd_summary.json")
+
+
+def step(iteration: int) -> StepMetrics:
+    """An optimizer step."""
+    return StepMetrics(
+        iteration=iteration,
+        total=1.5,
+        kd=1.0,
+        ce=2.0,
+        learning_rate=1e-4,
+        grad_norm=0.5,
+        response_tokens=50,
+        padded_tokens=100,
+        seconds=0.1,
+        tokens_per_second=1000.0,
+        peak_memory=2**30,
+    )
+
+
+def finished(*results: KDResult, failures: dict[str, Exception] | None = None) -> events.RunFinished:
+    """The end of a run."""
+    return events.RunFinished(results, failures or {}, SUMMARY, 12.0)
+
+
+def shown(*shown_events: events.Event, width: int = 80) -> str:
+    """What the events look like in a pipe."""
+    out = io.StringIO()
+    with LineView(Console(file=out, width=width, highlight=False)) as view:
+        for event in shown_events:
+            view.show(event)
+    return out.getvalue()
+
+
+WHOLE_RUN = (
+    events.DomainFailed("dogs", PromptError(["prompts/dogs/train.txt:1:1: byte 0xff is not UTF-8."])),
+    events.TeacherOpening("a/b"),
+    *(events.Captured("cats", CaptureProgress(done, 10, done * 7, 0.5)) for done in range(11)),
+    events.TeacherFreed(2**20),
+    events.TrainingStarted("cats", 20, COUNTS),
+    events.Validated("cats", Validation(0, METRICS)),
+    *(events.Stepped("cats", step(iteration)) for iteration in range(1, 21)),
+    events.Validated("cats", Validation(20, METRICS)),
+    events.DomainFinished(RESULT),
+    finished(RESULT, failures={"dogs": InputError("x")}),
+)
+
+
+class Screen(io.StringIO):
+    """A stdout that says of itself that it is a terminal, or not."""
+
+    def __init__(self, terminal: bool) -> None:
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+
+def on_stdout(monkeypatch: pytest.MonkeyPatch, *shown_events: events.Event, terminal: bool, **environment: str) -> str:
+    """What the events, or a whole run, write to stdout in an environment."""
+    for name in ("NO_COLOR", "FORCE_COLOR", "TERM", "COLORTERM", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    screen = Screen(terminal)
+    monkeypatch.setattr("sys.stdout", screen)
+    with make_view() as view:
+        for event in shown_events or WHOLE_RUN:
+            view.show(event)
+    return screen.getvalue()
+
+
+# Lines.
+
+
+@pytest.mark.parametrize(
+    ("event", "line"),
+    [
+        (events.TeacherOpening("a/b"), "teacher a/b: opening"),
+        (events.Captured("cats", CaptureProgress(0, 9, 0, 0.0)), "cats: captured 0/9 replies, reading prompts"),
+        (events.Captured("cats", CaptureProgress(9, 9, 0, 0.0)), "cats: captured 9/9 replies, from the cache"),
+        (events.Captured("cats", CaptureProgress(9, 9, 5000, 2.0)), "cats: captured 9/9 replies, 2,500 tok/s"),
+        (events.TeacherFreed(5 * 2**20), "teacher freed, 5 MB still held"),
+        (
+            events.TrainingStarted("cats", 20, COUNTS),
+            "cats: training on 1,234 of 56,789 tokens (9 examples, 1 held out)",
+        ),
+        (
+            events.Validated("cats", Validation(7, METRICS)),
+            "cats: iteration 7: validation loss 2.5000, KL 0.7500, CE 3.0000, top-1 50.0%",
+        ),
+        (events.DomainFinished(RESULT), f"cats: finished {RESULT.finished_at}: adapters_kd/cats"),
+        (
+            events.DomainFinished(replace(RESULT, unchanged=True)),
+            f"cats: unchanged since {RESULT.finished_at}: adapters_kd/cats",
+        ),
+        (events.DomainFailed("cats", InputError("no room.")), "cats: failed. no room."),
+        (finished(failures={"cats": InputError("x")}), f"0 done, 1 failed. Summary: {SUMMARY}"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
+)
+def test_each_event_is_one_line(event: events.Event, line: str) -> None:
+    assert shown(event) == f"{line}\n"
+
+
+def test_what_was_cut_or_dropped_is_told_when_training_starts() -> None:
+    counts = replace(COUNTS, truncated=2, dropped=3, cut_replies=4)
+    second = shown(events.TrainingStarted("cats", 20, counts)).splitlines()[1]
+    assert second == ("cats: 4 replies cut at capture.max_tokens, 2 cut at training.max_seq_length, 3 examples dropped")
+
+
+@pytest.mark.parametrize(("iters", "lines"), [(1, 1), (2, 2), (10, 10), (200, 11), (12345, 11)])
+def test_a_stage_reports_about_ten_times_and_at_its_end(iters: int, lines: int) -> None:
+    steps = [events.Stepped("cats", step(iteration)) for iteration in range(1, iters + 1)]
+    reported = shown(events.TrainingStarted("cats", iters, COUNTS), *steps).splitlines()[1:]
+    assert len(reported) == lines
+    assert reported[-1].startswith(f"cats: {iters}/{iters} loss 1.5000 kd 1.0000 ce 2.0000 lr 1.00e-04 ")
+
+
+def test_the_second_domain_reports_like_the_first() -> None:
+    both = [event for name in ("cats", "dogs") for event in (events.Captured(name, CaptureProgress(0, 4, 0, 0.0)),)]
+    assert [line.partition(":")[0] for line in shown(*both).splitlines()] == ["cats", "dogs"]
+
+
+def test_a_long_line_is_left_to_the_terminal_to_break() -> None:
+    path = "x" * 300
+    assert shown(events.DomainFinished(replace(RESULT, adapter_path=path))).count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[bold]x[/bold]",
+        "[/]",
+        "runs[a]/x",
+        "{0}",
+        "100%",
+        "prompts/cats/train.jsonl:100:12: no prompt",
+    ],
+)
+def test_text_of_the_user_is_printed_as_it_is(text: str) -> None:
+    assert shown(events.TeacherOpening(text)) == f"teacher {text}: opening\n"
+    assert shown(events.DomainFailed("cats", InputError(text))) == f"cats: failed. {text}\n"
+
+
+def test_no_escape_code_of_a_message_reaches_the_output() -> None:
+    assert "\x1b" not in shown(events.DomainFailed("cats", InputError("model \x1b[31mred")))
+
+
+def test_an_error_of_the_user_has_no_traceback() -> None:
+    assert "Traceback" not in shown(events.DomainFailed("cats", raised(InputError("no room."))))
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    text = shown(events.DomainFailed("cats", raised(ZeroDivisionError("division by zero"))))
+    assert text.startswith("cats: failed. division by zero\nTraceback (most recent call last):\n")
+    assert "in raised" in text
+
+
+def test_with_debugging_on_an_error_of_the_user_has_one_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRUE_KD_DEBUG", "1")
+    assert "in raised" in shown(events.DomainFailed("cats", raised(InputError("no room."))))
+
+
+def raised(error: Exception) -> Exception:
+    """The error, with the traceback of having been raised."""
+    try:
+        raise error
+    except type(error) as caught:
+        return caught
+
+
+# The table.
+
+
+def test_the_table_says_how_much_nearer_each_domain_came() -> None:
+    lines = [line.rstrip() for line in shown(finished(RESULT, replace(RESULT, domain="dogs"))).splitlines()]
+    assert lines[0].split() == ["domain", "KL", "to", "teacher", "top-1", "agreement", "adapter"]
+    assert lines[1].split() == ["cats", "0.750", "→", "0.250", "50%", "→", "90%", "adapters_kd/cats"]
+    assert lines[2].split()[0] == "dogs"
+    assert lines[3] == "12 s, peak memory 3.00 GB (teacher and student never together)"
+    assert lines[4] == f"2 done, 0 failed. Summary: {SUMMARY}"
+
+
+def test_the_table_has_exact_matches_where_a_domain_has_checkable_tasks() -> None:
+    checked = replace(RESULT, exact_match=ExactMatch(tasks=8, student=0.0, adapted=0.5, teacher=1.0))
+    lines = shown(finished(checked, replace(RESULT, domain="dogs")), width=200).splitlines()
+    assert "exact match (teacher)" in lines[0]
+    assert "0% → 50% (100%)" in lines[1]
+    assert lines[2].split()[-2:] == ["-", "adapters_kd/cats"]
+    assert "exact match" not in shown(finished(RESULT))
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        replace(RESULT, adapter_path="/home/someone/projects/assistant/adapters_kd/cats"),
+        replace(
+            RESULT,
+            domain="reflection",
+            adapter_path="adapters_kd/reflection",
+            exact_match=ExactMatch(tasks=8, student=0.0, adapted=0.5, teacher=1.0),
+        ),
+    ],
+    ids=["long path", "with exact match"],
+)
+def test_a_row_of_the_table_is_one_line_in_a_pipe(result: KDResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = on_stdout(monkeypatch, finished(result), terminal=False)
+    [row] = [line for line in text.splitlines() if line.startswith(f"{result.domain} ")]
+    assert row.endswith(result.adapter_path)
+
+
+@pytest.mark.parametrize("path", ["exp[lr]/cats", "exp[/lr]/cats", "x[bold]/cats"])
+def test_the_table_shows_the_path_as_it_is(path: str) -> None:
+    assert path in shown(finished(replace(RESULT, adapter_path=path)))
+
+
+def test_a_terminal_without_unicode_gets_its_table() -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    LineView(Console(file=out, width=80)).show(finished(RESULT))
+
+
+# Terminals and pipes.
+
+
+@pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1"}, {"TERM": "xterm-256color", "COLORTERM": "truecolor"}])
+def test_a_pipe_gets_lines_without_a_single_escape_code(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = on_stdout(monkeypatch, terminal=False, **environment)
+    assert "\x1b" not in text
+    assert "\r" not in text
+    assert text.splitlines()[-1] == f"1 done, 1 failed. Summary: {SUMMARY}"
+    assert all(line.strip() for line in text.splitlines())
+
+
+def test_a_terminal_gets_bars_in_colour_and_the_table_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = on_stdout(monkeypatch, terminal=True, TERM="xterm-256color")
+    assert COLOUR.search(text)
+    assert "cats train" in text
+    assert text.index("cats train") < text.index("KL to teacher")
+    assert ESCAPE.sub("", text).splitlines()[-1] == f"1 done, 1 failed. Summary: {SUMMARY}"
+
+
+def test_a_terminal_gets_its_cursor_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = on_stdout(monkeypatch, terminal=True, TERM="xterm-256color")
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
+
+
+def test_a_terminal_gets_its_cursor_back_after_an_error() -> None:
+    out = io.StringIO()
+
+    def stop() -> None:
+        with LiveView(Console(file=out, force_terminal=True, width=80)) as view:
+            view.show(events.TrainingStarted("cats", 9, COUNTS))
+            view.show(events.Stepped("cats", step(1)))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stop()
+    assert out.getvalue().rindex("\x1b[?25h") > out.getvalue().rindex("\x1b[?25l")
+
+
+def test_no_color_takes_all_colour_from_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = on_stdout(monkeypatch, terminal=True, TERM="xterm-256color", NO_COLOR="1")
+    assert COLOUR.findall(text) == []
+    assert "cats train" in text
+
+
+def test_an_empty_no_color_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert COLOUR.search(on_stdout(monkeypatch, terminal=True, TERM="xterm-256color", NO_COLOR=""))
+
+
+@pytest.mark.parametrize("term", ["dumb", "unknown"])
+def test_a_dumb_terminal_gets_no_escape_code(term: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "\x1b" not in on_stdout(monkeypatch, terminal=True, TERM=term)
+
+
+def test_a_dumb_terminal_gets_the_lines_of_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "cats: 20/20 loss" in on_stdout(monkeypatch, terminal=True, TERM="dumb")
+
+
+def test_forced_colour_in_a_pipe_moves_no_cursor(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = on_stdout(monkeypatch, terminal=False, FORCE_COLOR="1")
+    assert ESCAPE.findall(COLOUR.sub("", text)) == []

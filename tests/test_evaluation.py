@@ -1,0 +1,185 @@
+"""The metrics are what a dense computation gives, and a right answer counts as one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from true_kd.cache import TargetCache
+from true_kd.capture import CaptureOptions, capture, render_for, teacher_identity
+from true_kd.evaluation import EvaluationOptions, evaluate, exact_match, extract_answer, score_answers
+from true_kd.examples import Example, make_example
+from true_kd.losses import LossOptions
+from true_kd.models import LanguageModel, ModelOptions, SamplingOptions, generate_replies, open_model
+from true_kd.prompts import from_records, from_strings
+from true_kd.targets import TargetOptions
+
+LOSSES = LossOptions()
+EVALUATION = EvaluationOptions()
+SAMPLING = SamplingOptions(max_tokens=8, batch_size=4)
+ASKED = [
+    *from_strings([f"say hello to {name}" for name in ("the cat", "the mat on the mat", "the world", "said")]),
+    *from_records([{"prompt": "where?", "completion": "the cat sat on the mat"}, {"text": "the cat sat and said"}]),
+]
+
+
+@pytest.fixture
+def examples(teacher: LanguageModel, tmp_path: Path) -> list[Example]:
+    """What the teacher says to some prompts, every id of its distribution kept exactly."""
+    options, targets = CaptureOptions(max_tokens=6), TargetOptions(threshold=1e-9, max_draws=1)
+    cache = TargetCache(tmp_path / "targets", teacher_identity(teacher, options, targets))
+    asked = render_for(teacher, ASKED)
+    list(capture(teacher, asked, cache, options, targets))
+    replies = cache.read([prompt.key for prompt in asked])
+    made = [
+        make_example(prompt.rendered.prompt, reply.tokens, reply.targets, prompt.key, 100)
+        for prompt in asked
+        for reply in [replies[prompt.key]]
+    ]
+    return [example for example in made if example is not None]
+
+
+def dense_logprobs(model: LanguageModel, example: Example, temperature: float = 1.0) -> np.ndarray:
+    """Log-probabilities at the response tokens of one example, float64."""
+    logits = np.array(model.module(mx.array(example.tokens)[None])[0, example.rows.tolist()]).astype(np.float64)
+    logits /= temperature
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def dense_kl(teacher: LanguageModel, student: LanguageModel, examples: Sequence[Example], temperature: float) -> float:
+    total, tokens = 0.0, 0
+    for example in examples:
+        one, other = (dense_logprobs(model, example, temperature) for model in (teacher, student))
+        total += float((np.exp(one) * (one - other)).sum())
+        tokens += len(one)
+    return total / tokens
+
+
+def test_a_teacher_agrees_with_itself(teacher: LanguageModel, examples: list[Example]) -> None:
+    metrics = evaluate(teacher.module, examples, LOSSES, batch_size=2)
+    assert abs(metrics.kl) < 2e-3, "float16 log-probabilities"
+    assert abs(metrics.kd) < 8e-3, "four times that"
+    assert metrics.top1_agreement == 1.0
+
+
+def test_divergences_are_those_of_the_dense_distributions(
+    teacher: LanguageModel, student: LanguageModel, examples: list[Example]
+) -> None:
+    metrics = evaluate(student.module, examples, LOSSES, batch_size=2)
+    assert metrics.kl == pytest.approx(dense_kl(teacher, student, examples, 1.0), rel=2e-3)
+    expected = LOSSES.temperature**2 * dense_kl(teacher, student, examples, LOSSES.temperature)
+    assert metrics.kd == pytest.approx(expected, rel=2e-3)
+
+
+def test_cross_entropy_is_that_of_the_teachers_text(student: LanguageModel, examples: list[Example]) -> None:
+    metrics = evaluate(student.module, examples, LOSSES, batch_size=2)
+    scores = np.concatenate(
+        [dense_logprobs(student, example)[np.arange(len(example.response)), example.response] for example in examples]
+    )
+    assert metrics.tokens == len(scores)
+    assert metrics.ce == pytest.approx(-scores.mean(), rel=1e-4)
+    assert metrics.perplexity == pytest.approx(math.exp(-scores.mean()), rel=1e-3)
+
+
+def test_agreement_is_the_share_of_equal_favourites(
+    teacher: LanguageModel, teacher_folder: Path, examples: list[Example]
+) -> None:
+    near = open_model(ModelOptions(model=str(teacher_folder)), "student")
+    weight = near.module.model.norm.weight
+    near.module.model.norm.weight = weight + 0.5 * mx.random.normal(weight.shape, key=mx.random.key(1))
+    favourites = np.concatenate(
+        [
+            dense_logprobs(teacher, example).argmax(axis=-1) == dense_logprobs(near, example).argmax(axis=-1)
+            for example in examples
+        ]
+    )
+    assert 0 < favourites.mean() < 1, "this change of the teacher no longer changes some favourites and leaves others"
+    assert evaluate(near.module, examples, LOSSES, batch_size=3).top1_agreement == pytest.approx(favourites.mean())
+
+
+def test_the_loss_is_the_objective(student: LanguageModel, examples: list[Example]) -> None:
+    metrics = evaluate(student.module, examples, LossOptions(alpha=0.25), batch_size=2)
+    assert metrics.loss == pytest.approx(0.25 * metrics.kd + 0.75 * metrics.ce)
+
+
+@pytest.mark.parametrize(("batch_size", "chunk"), [(1, 256), (4, 16), (100, 16), (100, 1000)])
+def test_grouping_does_not_change_the_metrics(
+    student: LanguageModel, examples: list[Example], batch_size: int, chunk: int
+) -> None:
+    expected = evaluate(student.module, examples, LOSSES, batch_size=2)
+    found = evaluate(student.module, list(reversed(examples)), LossOptions(chunk=chunk), batch_size)
+    assert found.tokens == expected.tokens
+    for name in ("loss", "kd", "ce", "kl", "top1_agreement"):
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-4), name
+
+
+def test_evaluation_switches_dropout_off(student: LanguageModel, examples: list[Example]) -> None:
+    student.module.train()
+    evaluate(student.module, examples[:1], LOSSES, batch_size=1)
+    assert not student.module.training
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer"),
+    [
+        ("Two and two.\nanswer: 4", "4"),
+        ("answer:4", "4"),
+        ("answer: 3, no: answer:  4 ", "4"),
+        ("answer: the  cat\n\tsat ", "the cat sat"),
+        ("4", "4"),
+        ("  the   cat ", "the cat"),
+        ("answer:", ""),
+        ("", ""),
+        ("Answer: 4", "Answer: 4"),
+    ],
+)
+def test_the_answer_is_what_follows_the_last_marker(reply: str, answer: str) -> None:
+    assert extract_answer(reply, EVALUATION) == answer
+
+
+def test_the_marker_can_be_another(teacher: LanguageModel) -> None:
+    assert extract_answer("so #### 4", EvaluationOptions(answer_marker="####")) == "4"
+
+
+def written(model: LanguageModel, prompts: list) -> list[str]:
+    """What the model writes to each prompt, taking the most likely token."""
+    greedy = SAMPLING.model_copy(update={"sampling_temperature": 0.0})
+    asked = [prompt.rendered.prompt for prompt in render_for(model, prompts)]
+    *_, (_, replies) = generate_replies(model, asked, greedy, [0] * len(asked))
+    return [model.tokenizer.decode([token for token in reply.tokens if token != 1]) for reply in replies]
+
+
+def test_exact_match_counts_what_the_model_itself_writes(student: LanguageModel) -> None:
+    prompts = from_strings(["where is the cat", "where is the mat", "hello", "said"])
+    answers = [" ".join(text.split()) for text in written(student, prompts)]
+    assert all(answers), "these prompts no longer bring replies to compare"
+    half = from_records(
+        [
+            {"prompt": prompt.messages[0]["content"], "answer": answer if index % 2 else "something else"}
+            for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+        ]
+    )
+    assert exact_match(student, half, SAMPLING, EVALUATION) == 0.5
+    assert exact_match(student, half[1:2], SAMPLING, EVALUATION) == 1.0
+    assert exact_match(student, half[:1], SAMPLING, EVALUATION) == 0.0
+
+
+def test_a_given_completion_does_not_help_the_model(student: LanguageModel) -> None:
+    prompts = from_records([{"prompt": "2 + 2", "completion": "answer: 4", "answer": "4"}])
+    assert exact_match(student, prompts, SAMPLING, EVALUATION) == 0.0
+
+
+def test_replies_are_scored_without_their_stop_token(student: LanguageModel) -> None:
+    prompts = from_records([{"prompt": "2 + 2", "answer": "4"}, {"prompt": "2 + 3", "answer": "5"}])
+    replies = [student.tokenizer.encode("well, answer: 4") + [1], student.tokenizer.encode("answer: 4")]
+    assert score_answers(prompts, replies, student, EVALUATION) == 0.5
+
+
+def test_white_space_in_the_expected_answer_does_not_count(student: LanguageModel) -> None:
+    prompts = from_records([{"prompt": "who sat", "answer": " the  cat\n"}])
+    assert score_answers(prompts, [student.tokenizer.encode("answer: the cat")], student, EVALUATION) == 1.0

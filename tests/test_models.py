@@ -1,0 +1,461 @@
+"""The seam to mlx-lm: heads come off as they were, adapters leave the rest alone, and no model folder runs code."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten, tree_map
+
+from true_kd.backend import device_name
+from true_kd.errors import InputError, ModelError
+from true_kd.models import (
+    LanguageModel,
+    LoraOptions,
+    ModelOptions,
+    add_lora,
+    describe,
+    open_model,
+    open_tokenizer,
+    parameter_count,
+    split_head,
+    trainable,
+)
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 100,
+    "max_position_embeddings": 128,
+    "rope_theta": 10000.0,
+}
+TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
+ONE_LINEAR_MAP = {
+    "qwen2 tied": ("qwen2", TIED),
+    "qwen2 untied": ("qwen2", UNTIED),
+    "qwen3 tied": ("qwen3", TIED),
+    "qwen3 untied": ("qwen3", UNTIED),
+    "llama tied": ("llama", TIED),
+    "llama untied": ("llama", UNTIED),
+    "phi3": ("phi3", UNTIED),
+    "gemma": ("gemma", {}),
+    "mixtral": ("mixtral", {"num_local_experts": 2, "num_experts_per_tok": 1}),
+}
+MORE_THAN_ONE = {
+    "gemma2, soft-capped": ("gemma2", {"query_pre_attn_scalar": 16}),
+    "granite, scaled": (
+        "granite",
+        {
+            **TIED,
+            "logits_scaling": 4.0,
+            "attention_multiplier": 0.25,
+            "embedding_multiplier": 2.0,
+            "residual_multiplier": 0.5,
+            "attention_bias": False,
+            "mlp_bias": False,
+        },
+    ),
+    "cohere, scaled": ("cohere", {"logit_scale": 0.1, "layer_norm_eps": 1e-5}),
+}
+SOME_TOKENS = mx.array([[5, 17, 99, 0, 42, 63], [1, 1, 2, 3, 5, 8]])
+
+
+def random_module(kind: str, changes: dict, stretch: float = 3.0) -> nn.Module:
+    """A random model of a family of mlx-lm, its weights stretched so that its logits are not all alike."""
+    architecture = importlib.import_module(f"mlx_lm.models.{kind}")
+    mx.random.seed(4)
+    module = architecture.Model(architecture.ModelArgs.from_dict({"model_type": kind, **SIZES, **changes}))
+    module.update(tree_map(lambda value: stretch * value if value.ndim == 2 else value, module.parameters()))
+    module.eval()
+    return module
+
+
+def copy_model(folder: Path, to: Path, **config: object) -> Path:
+    shutil.copytree(folder, to)
+    read = json.loads((to / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps({**read, **config}))
+    return to
+
+
+def logits_of(module: nn.Module, tokens: mx.array = SOME_TOKENS) -> mx.array:
+    return module(tokens).astype(mx.float32)
+
+
+# Heads
+
+
+@pytest.mark.parametrize(("kind", "changes"), ONE_LINEAR_MAP.values(), ids=ONE_LINEAR_MAP.keys())
+def test_a_linear_head_comes_off(kind: str, changes: dict) -> None:
+    module = random_module(kind, changes)
+    split = split_head(module)
+    assert split.fast
+    assert split.body(SOME_TOKENS).shape == (2, 6, SIZES["hidden_size"])
+    assert mx.allclose(split.head(split.body(SOME_TOKENS)), logits_of(module), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "changes"), MORE_THAN_ONE.values(), ids=MORE_THAN_ONE.keys())
+def test_a_head_that_is_more_than_a_linear_map_stays_on(kind: str, changes: dict) -> None:
+    module = random_module(kind, changes, stretch=20.0)
+    split = split_head(module)
+    assert not split.fast
+    assert mx.array_equal(split.head(split.body(SOME_TOKENS)), logits_of(module))
+
+
+@pytest.mark.parametrize("stretch", [1.0, 3.0, 10.0, 20.0])
+def test_a_split_gives_the_models_logits_at_any_tokens(stretch: float) -> None:
+    """The proof is made on four tokens; what it lets through must hold on all others."""
+    module = random_module("gemma2", {"query_pre_attn_scalar": 16}, stretch)
+    everything = mx.arange(SIZES["vocab_size"])[:, None]
+    split = split_head(module)
+    assert mx.allclose(split.head(split.body(everything)), logits_of(module, everything), rtol=2e-3, atol=2e-3)
+
+
+def test_a_model_without_a_body_stays_whole() -> None:
+    module = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10))
+    split = split_head(module)
+    assert not split.fast
+    assert mx.array_equal(split.head(split.body(mx.array([[1, 2]]))), module(mx.array([[1, 2]])))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_splitting_leaves_the_mode_as_it_was(student: LanguageModel, training: bool) -> None:
+    student.module.train(training)
+    split_head(student.module)
+    assert student.module.training is training
+
+
+@pytest.mark.parametrize("keys", [None, ("model.embed_tokens",)])
+def test_a_head_comes_off_an_adapted_model(student: LanguageModel, keys: tuple[str, ...] | None) -> None:
+    add_lora(student.module, LoraOptions(rank=2, keys=keys))
+    student.module.update(tree_map(lambda value: value + 0.1, student.module.trainable_parameters()))
+    student.module.eval()
+    split = split_head(student.module)
+    assert split.fast
+    assert mx.allclose(split.head(split.body(SOME_TOKENS)), logits_of(student.module), rtol=1e-4, atol=1e-4)
+
+
+# Adapters
+
+
+@pytest.mark.parametrize(("kind", "leaves"), [("lora", {"lora_a", "lora_b"}), ("dora", {"lora_a", "lora_b", "m"})])
+def test_only_the_adapter_is_trainable(student: LanguageModel, kind: str, leaves: set[str]) -> None:
+    before = dict(tree_flatten(student.module.parameters()))
+    add_lora(student.module, LoraOptions(type=kind, rank=3))
+    assert {name.rpartition(".")[2] for name in trainable(student.module)} == leaves
+    layers = {name.rpartition(".")[0] for name in trainable(student.module)}
+    assert len(layers) == 2 * 7, "two blocks of q, k, v, o, gate, up and down"
+    after = {name.replace(".linear.", "."): value for name, value in tree_flatten(student.module.parameters())}
+    for name, value in before.items():
+        assert mx.array_equal(after[name], value), name
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_fresh_adapter_changes_nothing(student: LanguageModel, kind: str) -> None:
+    before = logits_of(student.module)
+    add_lora(student.module, LoraOptions(type=kind, rank=2))
+    assert mx.allclose(logits_of(student.module), before, rtol=1e-4, atol=1e-4)
+
+
+def test_the_rank_is_that_of_the_options(student: LanguageModel) -> None:
+    add_lora(student.module, LoraOptions(rank=5))
+    assert {value.shape[1] for name, value in trainable(student.module).items() if name.endswith("lora_a")} == {5}
+
+
+def test_keys_choose_the_layers(student: LanguageModel) -> None:
+    add_lora(student.module, LoraOptions(rank=2, keys=("self_attn.q_proj",)))
+    assert {name.rpartition(".")[0] for name in trainable(student.module)} == {
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.1.self_attn.q_proj",
+    }
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_layers_are_counted_from_the_last(student: LanguageModel, count: int) -> None:
+    add_lora(student.module, LoraOptions(rank=2, num_layers=count))
+    blocks = {int(name.split(".")[2]) for name in trainable(student.module)}
+    assert blocks == set(range(2)[-count:])
+
+
+@pytest.mark.xfail(strict=True, reason="num_layers=0 adapts every layer, as mlx-lm reads it; the option allows it")
+def test_no_layers_does_not_mean_all_layers() -> None:
+    with pytest.raises(ValueError, match="num_layers"):
+        LoraOptions(num_layers=0)
+
+
+def test_keys_that_no_layer_bears_are_refused_with_those_there_are(student: LanguageModel) -> None:
+    with pytest.raises(InputError, match=r"q_prj") as refusal:
+        add_lora(student.module, LoraOptions(keys=("self_attn.q_prj",)))
+    for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"):
+        assert name in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.xfail(strict=True, reason="add_lora only refuses when no key at all matches; a mistyped one is dropped")
+def test_one_mistyped_key_among_right_ones_is_refused(student: LanguageModel) -> None:
+    with pytest.raises(InputError, match="q_prj"):
+        add_lora(student.module, LoraOptions(keys=("self_attn.v_proj", "self_attn.q_prj")))
+
+
+def test_a_layer_that_cannot_be_adapted_is_refused(student: LanguageModel) -> None:
+    with pytest.raises(InputError, match=r"lora\.keys"):
+        add_lora(student.module, LoraOptions(keys=("input_layernorm",)))
+
+
+# Opening
+
+
+def refusal_of(name: object, seam: str = "teacher", **options: object) -> str:
+    """The one line with which a model is refused, by whatever opens it first."""
+    chosen = ModelOptions(model=str(name), **options)
+    with pytest.raises(ModelError) as refused:
+        open_model(chosen, seam)
+    text = str(refused.value)
+    assert "\n" not in text
+    assert text.startswith(f"{seam} {name}: ")
+    return text
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "~/nowhere", "a/b/c", "nowhere", "pocket:nobody"])
+def test_a_folder_that_is_not_there_is_refused(name: str) -> None:
+    assert "no such folder" in refusal_of(name, "student")
+
+
+def test_a_hub_id_that_cannot_be_reached_is_refused(tmp_path: Path) -> None:
+    assert "cannot be reached" in refusal_of("true-kd-tests/there-is-no-such-model")
+
+
+def test_a_file_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "no such folder" in refusal_of(tmp_path / "file")
+
+
+def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
+    assert "config.json" in refusal_of(tmp_path)
+
+
+def test_a_folder_without_weights_is_refused(student_folder: Path, tmp_path: Path) -> None:
+    folder = copy_model(student_folder, tmp_path / "model")
+    (folder / "model.safetensors").rename(folder / "model.bin")
+    assert "safetensors" in refusal_of(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 1000, -1])
+def test_broken_weights_are_refused(student_folder: Path, tmp_path: Path, keep: int) -> None:
+    folder = copy_model(student_folder, tmp_path / "model")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:keep])
+    assert "cannot load" in refusal_of(folder)
+
+
+def test_missing_tensors_are_refused(student_folder: Path, tmp_path: Path) -> None:
+    folder = copy_model(student_folder, tmp_path / "model")
+    weights = mx.load(str(folder / "model.safetensors"))
+    weights.pop("model.norm.weight")
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    assert "model.norm.weight" in refusal_of(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"model_type": "nobody"}', '{"model_type": "qwen3"}'])
+def test_a_config_that_describes_no_model_is_refused(student_folder: Path, tmp_path: Path, text: str) -> None:
+    folder = copy_model(student_folder, tmp_path / "model")
+    (folder / "config.json").write_text(text)
+    assert "cannot load" in refusal_of(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"model": {"type": "nobody"}}'])
+def test_a_broken_tokenizer_is_refused(student_folder: Path, tmp_path: Path, text: str) -> None:
+    folder = copy_model(student_folder, tmp_path / "model")
+    (folder / "tokenizer.json").write_text(text)
+    assert "cannot load" in refusal_of(folder)
+
+
+def with_canary(folder: Path, file: str) -> Path:
+    """Python code in a model folder that leaves a trace when it is run."""
+    trace = folder / "it was run"
+    (folder / file).write_text(f"open({str(trace)!r}, 'w').close()\nclass Model: pass\nclass ModelArgs: pass\n")
+    return trace
+
+
+def test_code_beside_the_weights_is_never_run(student_folder: Path, tmp_path: Path) -> None:
+    folder = copy_model(student_folder, tmp_path / "model", model_file="evil.py")
+    trace = with_canary(folder, "evil.py")
+    assert "evil.py" in refusal_of(folder)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("opening", [open_model, open_tokenizer])
+def test_the_code_of_a_tokenizer_is_never_run(student_folder: Path, tmp_path: Path, opening) -> None:
+    folder = copy_model(
+        student_folder, tmp_path / "model", auto_map={"AutoTokenizer": ["evil.Model", None], "AutoConfig": "evil.Model"}
+    )
+    trace = with_canary(folder, "evil.py")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Model", "auto_map": {"AutoTokenizer": ["evil.Model", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    # Refused, or opened as what its files say without that code: either will do.
+    try:
+        opening(ModelOptions(model=str(folder)), "teacher")
+    except ModelError as refusal:
+        assert "\n" not in str(refusal)
+    assert not trace.exists()
+
+
+@pytest.mark.slow
+def test_opening_a_model_leaves_the_limit_of_open_files_alone(student_folder: Path) -> None:
+    script = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (1000, 3000))
+from true_kd.models import ModelOptions, open_model
+open_model(ModelOptions(model={str(student_folder)!r}), "student")
+print(resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert found.stdout.strip() == "(1000, 3000)", found.stderr
+
+
+def test_an_opened_model_is_ready_to_be_asked(student: LanguageModel, student_folder: Path) -> None:
+    assert student.vocab_size == 320
+    assert student.stop_ids == [1]
+    assert student.name == str(student_folder)
+    assert not student.module.training
+    assert student.tokenizer.decode(student.tokenizer.encode("the cat sat")) == "the cat sat"
+
+
+def test_half_precision_weights_are_widened_on_a_cpu(student_folder: Path, tmp_path: Path) -> None:
+    folder = copy_model(student_folder, tmp_path / "model")
+    weights = mx.load(str(folder / "model.safetensors"))
+    halved = {name: value.astype(mx.bfloat16) for name, value in weights.items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), halved)
+    opened = open_model(ModelOptions(model=str(folder)), "student")
+    expected = mx.float32 if device_name() == "cpu" else mx.bfloat16
+    assert {value.dtype for _, value in tree_flatten(opened.module.parameters())} == {expected}
+
+
+def test_a_tokenizer_is_read_without_the_weights(student_folder: Path, tmp_path: Path) -> None:
+    folder = copy_model(student_folder, tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(b"")
+    tokens = open_tokenizer(ModelOptions(model=str(folder)), "student")
+    assert tokens.size == 320
+    assert tokens.ids == json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+
+
+# Quantised models
+
+
+def open_quantised(folder: Path, dequantize: str) -> LanguageModel:
+    return open_model(ModelOptions(model=str(folder), dequantize=dequantize), "student")
+
+
+def is_quantised(module: nn.Module) -> bool:
+    return any(isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding)) for layer in module.modules())
+
+
+def test_quantised_weights_are_unpacked_when_asked(quantised_folder: Path) -> None:
+    packed, unpacked = (open_quantised(quantised_folder, choice).module for choice in ("no", "yes"))
+    assert is_quantised(packed)
+    assert not is_quantised(unpacked)
+    assert mx.allclose(logits_of(packed), logits_of(unpacked), rtol=1e-3, atol=1e-3)
+
+
+def test_quantised_weights_are_unpacked_by_default_on_a_cpu_only(quantised_folder: Path) -> None:
+    assert is_quantised(open_quantised(quantised_folder, "auto").module) is (device_name() != "cpu")
+
+
+def test_quantised_weights_count_unpacked(quantised_folder: Path, student: LanguageModel) -> None:
+    counts = {parameter_count(open_quantised(quantised_folder, choice).module) for choice in ("no", "yes")}
+    assert counts == {parameter_count(student.module)}
+
+
+@pytest.mark.parametrize("choice", ["no", "yes"])
+def test_the_head_comes_off_a_quantised_model(quantised_folder: Path, choice: str) -> None:
+    module = open_quantised(quantised_folder, choice).module
+    split = split_head(module)
+    assert split.fast
+    assert mx.allclose(split.head(split.body(SOME_TOKENS)), logits_of(module), rtol=1e-4, atol=1e-4)
+
+
+# Digests
+
+
+def digest_of(folder: Path) -> str:
+    return describe(ModelOptions(model=str(folder)), "teacher").digest
+
+
+def test_the_digest_does_not_know_the_folder(student_folder: Path, tmp_path: Path) -> None:
+    assert digest_of(copy_model(student_folder, tmp_path / "a copy")) == digest_of(student_folder)
+
+
+def test_the_digest_is_that_of_the_opened_model(student_folder: Path, student: LanguageModel) -> None:
+    assert student.digest == digest_of(student_folder)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        pytest.param(
+            "generation_config.json",
+            marks=pytest.mark.xfail(
+                strict=True, reason="mlx-lm takes the stop tokens from this file; models._TEXT_FILES leaves it out"
+            ),
+        ),
+    ],
+)
+def test_the_digest_changes_with_one_byte_of(student_folder: Path, tmp_path: Path, file: str) -> None:
+    folder = copy_model(student_folder, tmp_path / "model")
+    path = folder / file
+    if not path.exists():
+        path.write_bytes(b'{"eos_token_id": 7}')
+    before = digest_of(folder)
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    assert digest_of(folder) != before
+
+
+def test_the_digest_changes_with_a_second_file_of_weights(student_folder: Path, tmp_path: Path) -> None:
+    folder = copy_model(student_folder, tmp_path / "model")
+    mx.save_safetensors(str(folder / "model-00002.safetensors"), {"model.norm.weight": mx.zeros(32)})
+    assert digest_of(folder) != digest_of(student_folder)
+
+
+def test_the_digest_ignores_what_no_one_reads(student_folder: Path, tmp_path: Path) -> None:
+    folder = copy_model(student_folder, tmp_path / "model")
+    (folder / "README.md").write_text("a model card")
+    assert digest_of(folder) == digest_of(student_folder)
+
+
+def test_the_digest_takes_the_hub_cache_at_its_word(student_folder: Path, tmp_path: Path) -> None:
+    """The hub names a blob by its SHA-256, so a snapshot of links and a folder of files are one model."""
+    import hashlib
+
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    blobs.mkdir()
+    snapshot.mkdir()
+    for file in student_folder.iterdir():
+        content = file.read_bytes()
+        name = hashlib.sha256(content).hexdigest()
+        (blobs / name).write_bytes(content)
+        (snapshot / file.name).symlink_to(blobs / name)
+    assert digest_of(snapshot) == digest_of(student_folder)
+
+
+def test_the_stored_size_is_that_of_the_weights(student_folder: Path) -> None:
+    files = describe(ModelOptions(model=str(student_folder)), "teacher")
+    assert files.stored_bytes == (student_folder / "model.safetensors").stat().st_size

@@ -1,0 +1,441 @@
+"""Training follows the gradient of the objective, touches the adapter alone, and is a function of its seed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlx.utils import tree_flatten, tree_map
+
+from true_kd.examples import Example
+from true_kd.losses import LossOptions
+from true_kd.models import LoraOptions, ModelOptions, add_lora, open_model, trainable
+from true_kd.targets import TargetOptions, TeacherTargets, encode
+from true_kd.training import NonFinite, StepMetrics, TrainingOptions, learning_rate_at, train
+
+TOKENS = 300
+"""Ids that examples use; the models have 320 rows."""
+LOSSES = LossOptions()
+EXACT = 255
+
+
+def random_examples(count: int, seed: int = 0) -> list[Example]:
+    """Examples of differing lengths with a random teacher's sparse targets."""
+    rng = np.random.default_rng(seed)
+    examples = []
+    for index in range(count):
+        prompt, response = rng.integers(6, TOKENS, 3 + index % 4), rng.integers(6, TOKENS, 2 + index % 5)
+        logits = mx.array(rng.normal(0, 3, (len(response), 320)).astype(np.float32))
+        uniforms = rng.random(len(response), dtype=np.float32)
+        targets = encode(logits, mx.array(response), uniforms, TargetOptions())
+        examples.append(Example(prompt.astype(np.int32), response.astype(np.int32), targets, f"example {index}"))
+    return examples
+
+
+def with_exact_targets(example: Example, vocab: int, seed: int) -> tuple[Example, mx.array]:
+    """The example with a random teacher's whole distribution, and that teacher's log-probabilities."""
+    rng = np.random.default_rng(seed)
+    count = len(example.response)
+    logits = rng.normal(0, 3, (count, vocab))
+    logprobs = (logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))).astype(np.float16)
+    softened = logprobs.astype(np.float64) / LOSSES.temperature
+    targets = TeacherTargets(
+        offsets=np.arange(count + 1, dtype=np.int32) * vocab,
+        ids=np.tile(np.arange(vocab, dtype=np.int32), count),
+        logprobs=logprobs.reshape(-1),
+        draws=np.full(count * vocab, EXACT, dtype=np.uint8),
+        draw_mass=np.zeros(count, dtype=np.float32),
+        log_partition=np.log(np.exp(softened).sum(axis=-1)).astype(np.float32),
+        draw_temperature=LOSSES.temperature,
+    )
+    exact = Example(example.prompt, example.response, targets, example.where)
+    return exact, mx.array(logprobs.astype(np.float32))
+
+
+def adapted(folder: Path, seed: int = 0, **lora: object) -> nn.Module:
+    """The model in a folder with a fresh adapter; also sets MLX's random state, as a run does."""
+    module = open_model(ModelOptions(model=str(folder)), "student").module
+    mx.random.seed(seed)
+    add_lora(module, LoraOptions(**{"rank": 4, **lora}))
+    return module
+
+
+def run(
+    module: nn.Module, examples: Sequence[Example], losses: LossOptions = LOSSES, seed: int = 0, **options: object
+) -> list[StepMetrics]:
+    chosen = TrainingOptions(**{"iters": 4, "learning_rate": 1e-2, "warmup": 0.0, **options})
+    return list(train(module, examples, chosen, losses, seed))
+
+
+def flat(parameters: dict) -> np.ndarray:
+    """All numbers of a tree of parameters, by name."""
+    return np.concatenate([np.array(value).ravel() for _, value in sorted(tree_flatten(parameters))])
+
+
+def assert_equal_parameters(one: nn.Module, other: nn.Module) -> None:
+    assert trainable(one).keys() == trainable(other).keys()
+    for name, value in trainable(one).items():
+        assert mx.array_equal(value, trainable(other)[name]), name
+
+
+# What a step does
+
+
+def test_the_loss_falls(student_folder: Path) -> None:
+    module = adapted(student_folder)
+    metrics = run(module, random_examples(8), iters=20, batch_size=8)
+    assert metrics[-1].total < 0.8 * metrics[0].total
+    assert metrics[-1].kd < metrics[0].kd
+    assert metrics[-1].ce < metrics[0].ce
+
+
+@pytest.mark.parametrize(("alpha", "moves"), [(0.0, "ce"), (1.0, "kd")])
+def test_each_term_can_be_trained_alone(student_folder: Path, alpha: float, moves: str) -> None:
+    metrics = run(adapted(student_folder), random_examples(8), LossOptions(alpha=alpha), iters=20, batch_size=8)
+    assert getattr(metrics[-1], moves) < 0.8 * getattr(metrics[0], moves)
+    assert all(step.total == pytest.approx(getattr(step, moves), rel=1e-6) for step in metrics)
+
+
+def test_a_step_reports_what_it_did(student_folder: Path) -> None:
+    examples = random_examples(4)
+    [step] = run(adapted(student_folder), examples, iters=1, batch_size=2, accumulate=2)
+    assert step.iteration == 1
+    assert step.response_tokens == sum(len(example.response) for example in examples)
+    assert sum(map(len, examples)) <= step.padded_tokens <= 4 * max(map(len, examples))
+    assert step.total == pytest.approx(LOSSES.alpha * step.kd + (1 - LOSSES.alpha) * step.ce, rel=1e-5)
+    assert step.tokens_per_second == pytest.approx(step.padded_tokens / step.seconds)
+    assert step.learning_rate == learning_rate_at(1, TrainingOptions(iters=1, learning_rate=1e-2, warmup=0.0))
+    assert step.peak_memory > sum(value.nbytes for value in trainable(adapted(student_folder)).values())
+
+
+@pytest.mark.parametrize("lora", [{}, {"type": "dora"}, {"dropout": 0.5}, {"keys": ("self_attn.v_proj",)}])
+def test_everything_but_the_adapter_stays_bit_identical(student_folder: Path, lora: dict) -> None:
+    module = adapted(student_folder, **lora)
+    names = trainable(module).keys()
+    before = {name: np.array(value) for name, value in tree_flatten(module.parameters())}
+    run(module, random_examples(4))
+    changed = set()
+    for name, value in tree_flatten(module.parameters()):
+        if np.array(value).tobytes() != before[name].tobytes():
+            changed.add(name)
+    assert changed == set(names)
+
+
+def test_accumulating_micro_batches_equals_the_large_batch(student_folder: Path) -> None:
+    # Four examples: every step has all of them, whatever the seed makes of their order.
+    examples = random_examples(4)
+    assert len({len(example.response) for example in examples}) > 1
+    large, small = adapted(student_folder), adapted(student_folder)
+    at_once = run(large, examples, batch_size=4)
+    in_parts = run(small, examples, batch_size=2, accumulate=2)
+    one_by_one = run(adapted(student_folder), examples, batch_size=1, accumulate=4)
+    for name in ("total", "kd", "ce", "grad_norm", "response_tokens"):
+        expected = [getattr(step, name) for step in at_once]
+        assert [getattr(step, name) for step in in_parts] == pytest.approx(expected, rel=1e-4), name
+        assert [getattr(step, name) for step in one_by_one] == pytest.approx(expected, rel=1e-4), name
+    np.testing.assert_allclose(flat(trainable(small)), flat(trainable(large)), atol=2e-4)
+
+
+def test_the_loss_does_not_depend_on_the_chunk(student_folder: Path) -> None:
+    examples = random_examples(12)
+    whole = run(adapted(student_folder), examples, LossOptions(chunk=1000), batch_size=12)
+    parts = run(adapted(student_folder), examples, LossOptions(chunk=16), batch_size=12)
+    assert sum(len(example.response) for example in examples) > 2 * 16
+    assert [step.total for step in parts] == pytest.approx([step.total for step in whole], rel=1e-4)
+    assert [step.grad_norm for step in parts] == pytest.approx([step.grad_norm for step in whole], rel=1e-3)
+
+
+# The gradient, against a dense reference
+
+
+def reference_gradient(module: nn.Module, examples: Sequence[Example], teachers: Sequence[mx.array]) -> dict:
+    """Of the objective over response tokens, on dense logits of one unpadded example at a time."""
+    tokens = sum(len(example.response) for example in examples)
+    temperature = LOSSES.temperature
+
+    def objective() -> mx.array:
+        total = mx.array(0.0)
+        for example, teacher in zip(examples, teachers, strict=True):
+            logits = module(mx.array(example.tokens)[None])[0]
+            logits = logits[len(example.prompt) - 1 : -1]
+            ce = mx.sum(nn.losses.cross_entropy(logits, mx.array(example.response)))
+            soft = teacher / temperature - mx.logsumexp(teacher / temperature, axis=-1, keepdims=True)
+            student = logits / temperature - mx.logsumexp(logits / temperature, axis=-1, keepdims=True)
+            kd = temperature**2 * mx.sum(mx.exp(soft) * (soft - student))
+            total = total + LOSSES.alpha * kd + (1 - LOSSES.alpha) * ce
+        return total / tokens
+
+    _, gradient = nn.value_and_grad(module, objective)()
+    return gradient
+
+
+def gradient_of_training(module: nn.Module, examples: Sequence[Example]) -> tuple[np.ndarray, float]:
+    """The gradient that reaches the optimizer, up to a factor, and the norm that is reported.
+
+    Clipped far below Adam's epsilon, the first update is a multiple of the gradient itself.
+    """
+    before = flat(trainable(module))
+    [step] = run(module, examples, iters=1, batch_size=len(examples), grad_clip=1e-9, learning_rate=1.0)
+    return before - flat(trainable(module)), step.grad_norm
+
+
+def cosine(one: np.ndarray, other: np.ndarray) -> float:
+    return float(one @ other / (np.linalg.norm(one) * np.linalg.norm(other)))
+
+
+@pytest.fixture(scope="module")
+def untied_folder(student_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The random student with an output head of its own."""
+    folder = tmp_path_factory.mktemp("untied")
+    for file in student_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    weights = mx.load(str(folder / "model.safetensors"))
+    weights["lm_head.weight"] = 0.3 * mx.random.normal((320, 32), key=mx.random.key(5))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model", "lora"),
+    [
+        ("student_folder", {}),
+        ("student_folder", {"type": "dora"}),
+        ("student_folder", {"keys": ("model.embed_tokens",)}),
+        ("student_folder", {"keys": ("model.embed_tokens", "mlp.up_proj"), "type": "dora"}),
+        ("untied_folder", {}),
+        ("untied_folder", {"keys": ("lm_head",)}),
+        ("untied_folder", {"keys": ("lm_head", "self_attn.q_proj")}),
+        ("untied_folder", {"keys": ("model.embed_tokens",)}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join([value.get("type", ""), *value.get("keys", ())]),
+)
+def test_the_gradient_is_that_of_the_dense_objective(request: pytest.FixtureRequest, model: str, lora: dict) -> None:
+    module = adapted(request.getfixturevalue(model), **lora)
+    # A fresh adapter's lora_b is zero, and with it the gradient of lora_a.
+    module.update(tree_map(lambda value: value + 0.02 * mx.random.normal(value.shape), module.trainable_parameters()))
+    pairs = [with_exact_targets(example, 320, index) for index, example in enumerate(random_examples(3))]
+    examples, teachers = [example for example, _ in pairs], [teacher for _, teacher in pairs]
+    expected = flat(reference_gradient(module, examples, teachers))
+    found, norm = gradient_of_training(module, examples)
+    assert norm == pytest.approx(np.linalg.norm(expected), rel=1e-3)
+    assert cosine(found, expected) > 0.999
+
+
+def test_the_gradient_of_a_soft_capped_student_is_that_of_the_dense_objective() -> None:
+    from mlx_lm.models import gemma2
+
+    config = {
+        "model_type": "gemma2",
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "rms_norm_eps": 1e-6,
+        "vocab_size": 320,
+        "query_pre_attn_scalar": 16,
+    }
+    mx.random.seed(6)
+    module = gemma2.Model(gemma2.ModelArgs.from_dict(config))
+    module.model.embed_tokens.weight = 10 * module.model.embed_tokens.weight
+    add_lora(module, LoraOptions(rank=4))
+    pairs = [with_exact_targets(example, 320, index) for index, example in enumerate(random_examples(3))]
+    examples, teachers = [example for example, _ in pairs], [teacher for _, teacher in pairs]
+    expected = flat(reference_gradient(module, examples, teachers))
+    found, norm = gradient_of_training(module, examples)
+    assert norm == pytest.approx(np.linalg.norm(expected), rel=1e-3)
+    assert cosine(found, expected) > 0.999
+
+
+def test_prompt_tokens_add_nothing_to_the_gradient(student_folder: Path) -> None:
+    def cross_entropy_gradient(module: nn.Module, example: Example, first: int) -> np.ndarray:
+        def objective() -> mx.array:
+            logits = module(mx.array(example.tokens)[None])[0, first - 1 : -1]
+            return mx.sum(nn.losses.cross_entropy(logits, mx.array(example.tokens[first:])))
+
+        return flat(nn.value_and_grad(module, objective)()[1])
+
+    [*_, example] = random_examples(4)
+    module = adapted(student_folder)
+    response_only = cross_entropy_gradient(module, example, first=len(example.prompt))
+    everything = cross_entropy_gradient(module, example, first=1)
+    before = flat(trainable(module))
+    options = {"iters": 1, "batch_size": 1, "grad_clip": 1e-9, "learning_rate": 1.0}
+    [step] = run(module, [example], LossOptions(alpha=0.0), **options)
+    found = before - flat(trainable(module))
+    assert cosine(found, response_only) > 0.999
+    assert step.grad_norm == pytest.approx(np.linalg.norm(response_only) / len(example.response), rel=1e-3)
+    assert cosine(found, everything) < 0.99
+
+
+def test_padding_adds_nothing_to_the_gradient(student_folder: Path) -> None:
+    short, long = random_examples(4)[0], random_examples(4)[3]
+    assert len(long) > len(short)
+    [together] = run(adapted(student_folder), [short, long], iters=1, batch_size=2)
+    [apart] = run(adapted(student_folder), [short, long], iters=1, batch_size=1, accumulate=2)
+    assert together.padded_tokens > apart.padded_tokens
+    assert together.grad_norm == pytest.approx(apart.grad_norm, rel=1e-4)
+    assert together.total == pytest.approx(apart.total, rel=1e-5)
+
+
+# Clipping
+
+
+def test_the_gradient_is_clipped_before_it_moves_anything(student_folder: Path) -> None:
+    module = adapted(student_folder)
+    before = flat(trainable(module))
+    rate, clip = 1.0, 1e-10
+    [step] = run(module, random_examples(4), iters=1, batch_size=4, learning_rate=rate, grad_clip=clip)
+    moved = np.linalg.norm(flat(trainable(module)) - before)
+    # Adam's first step is rate * 0.1 * g / (sqrt(0.001) * |g| + 1e-8), so at most this for a gradient of that norm.
+    assert 0 < moved <= 1.01 * rate * 0.1 * clip / 1e-8
+    assert step.grad_norm > 1e-3, "reported before clipping"
+
+
+def test_clipping_above_the_norm_does_nothing(student_folder: Path) -> None:
+    off, wide = adapted(student_folder), adapted(student_folder)
+    metrics = run(off, random_examples(4), grad_clip=0.0)
+    run(wide, random_examples(4), grad_clip=2.0 * max(step.grad_norm for step in metrics))
+    assert_equal_parameters(off, wide)
+
+
+# The learning rate
+
+
+def schedule_of(**options: object) -> list[float]:
+    chosen = TrainingOptions(**{"learning_rate": 1e-3, **options})
+    return [learning_rate_at(iteration, chosen) for iteration in range(1, chosen.iters + 1)]
+
+
+def test_the_learning_rate_warms_up_along_a_line() -> None:
+    rates = schedule_of(iters=100, warmup=0.1)
+    assert rates[:10] == pytest.approx([1e-3 * step / 10 for step in range(1, 11)])
+
+
+def test_the_cosine_falls_to_a_tenth_of_the_peak() -> None:
+    rates = schedule_of(iters=100, warmup=0.1)
+    assert max(rates) == pytest.approx(1e-3)
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert rates[54] == pytest.approx((1e-3 + 1e-4) / 2), "half-way between the end of the warm-up and the last step"
+    assert rates[-1] == pytest.approx(1e-4)
+
+
+def test_a_constant_schedule_stays_at_the_peak() -> None:
+    assert schedule_of(iters=20, warmup=0.1, schedule="constant")[2:] == [1e-3] * 18
+
+
+@given(iters=st.integers(1, 300), warmup=st.floats(0, 1), schedule=st.sampled_from(["cosine", "constant"]))
+def test_the_learning_rate_is_above_zero_and_at_most_the_peak(iters: int, warmup: float, schedule: str) -> None:
+    rates = schedule_of(iters=iters, warmup=warmup, schedule=schedule)
+    assert all(0 < rate <= 1e-3 * (1 + 1e-12) for rate in rates)
+
+
+def test_the_schedule_reaches_the_optimizer(student_folder: Path) -> None:
+    """In the linear regime of Adam (see above) the length of the first update is in proportion to the rate."""
+    moved = []
+    for warmup in (0.0, 0.5):
+        module = adapted(student_folder)
+        before = flat(trainable(module))
+        chosen = TrainingOptions(iters=8, learning_rate=1.0, warmup=warmup, schedule="constant", grad_clip=1e-9)
+        next(train(module, random_examples(4), chosen, LOSSES, 0))
+        moved.append(np.linalg.norm(flat(trainable(module)) - before))
+    assert moved[1] == pytest.approx(moved[0] / 4, rel=0.02)
+
+
+# Seeds
+
+
+def test_the_same_seed_gives_the_same_parameters(student_folder: Path) -> None:
+    one, other = adapted(student_folder), adapted(student_folder)
+    assert [step.total for step in run(one, random_examples(8), seed=3)] == [
+        step.total for step in run(other, random_examples(8), seed=3)
+    ]
+    assert_equal_parameters(one, other)
+
+
+def test_another_seed_gives_another_order(student_folder: Path) -> None:
+    one, other = adapted(student_folder), adapted(student_folder)
+    run(one, random_examples(8), seed=3)
+    run(other, random_examples(8), seed=4)
+    assert not np.array_equal(flat(trainable(one)), flat(trainable(other)))
+
+
+def test_another_seed_gives_another_adapter_to_begin_with(student_folder: Path) -> None:
+    one, other = adapted(student_folder, seed=1), adapted(student_folder, seed=2)
+    assert not np.array_equal(flat(trainable(one)), flat(trainable(other)))
+
+
+def test_dropout_is_drawn_from_the_seed(student_folder: Path) -> None:
+    trained = []
+    for seed, dropout in ((0, 0.5), (0, 0.5), (0, 0.0)):
+        module = adapted(student_folder, seed=seed, dropout=dropout)
+        run(module, random_examples(4))
+        trained.append(module)
+    assert_equal_parameters(trained[0], trained[1])
+    assert not np.array_equal(flat(trainable(trained[0])), flat(trainable(trained[2])))
+
+
+def test_dropout_is_on_after_the_caller_switched_it_off(student_folder: Path) -> None:
+    """Validation between two steps leaves the model in evaluation mode."""
+    trained = []
+    options = TrainingOptions(iters=4, learning_rate=1e-2)
+    for validates in (False, True):
+        module = adapted(student_folder, dropout=0.5)
+        for _ in train(module, random_examples(4), options, LOSSES, 0):
+            if validates:
+                module.eval()
+        trained.append(module)
+    assert_equal_parameters(trained[0], trained[1])
+
+
+# What is not finite
+
+
+def poison(module: nn.Module, value: float) -> None:
+    module.model.layers[1].mlp.down_proj.linear.weight[0, 0] = value
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e38])
+def test_a_loss_that_is_not_finite_stops_before_anything_moves(student_folder: Path, value: float) -> None:
+    module = adapted(student_folder)
+    poison(module, value)
+    if value == 1e38:
+        module.model.layers[0].mlp.down_proj.linear.weight *= 1e38
+    before = flat(trainable(module))
+    with pytest.raises(NonFinite) as stopped:
+        run(module, random_examples(4))
+    assert stopped.value.iteration == 1
+    assert np.array_equal(flat(trainable(module)), before)
+
+
+def test_the_parameters_of_the_last_good_step_are_kept(student_folder: Path) -> None:
+    module = adapted(student_folder)
+    options = TrainingOptions(iters=6, learning_rate=1e-2)
+    kept = None
+    with pytest.raises(NonFinite) as stopped:
+        for step in train(module, random_examples(4), options, LOSSES, 0):
+            if step.iteration == 3:
+                kept = flat(trainable(module))
+                poison(module, math.nan)
+    assert stopped.value.iteration == 4
+    assert kept is not None
+    assert np.array_equal(flat(trainable(module)), kept)
+    assert np.isfinite(kept).all()
+
+
+def test_a_gradient_that_is_not_finite_is_named(student_folder: Path) -> None:
+    """Its square is more than float32 can hold, while the loss is finite."""
+    module = adapted(student_folder, scale=1e25)
+    with pytest.raises(NonFinite, match="gradient"):
+        run(module, random_examples(4))
