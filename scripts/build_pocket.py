@@ -39,7 +39,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VOCAB_SIZE = 768
 CORPUS_TASKS_PER_DOMAIN = 2000
-PROMPTS_TRAIN, PROMPTS_VALID = 320, 64
+PROMPTS_TRAIN, PROMPTS_VALID = 320, 96
 MAX_REPLY_TOKENS = 40
 LOG_EVERY = 250
 CHAT_TEMPLATE = (
@@ -283,9 +283,10 @@ def write_prompts(folder: Path, seed: int) -> None:
     """Writes `<domain>/train.jsonl` (prompts alone; the teacher replies) and `<domain>/valid.jsonl` (with answers)."""
     for domain in DOMAINS:
         (folder / domain).mkdir(parents=True, exist_ok=True)
-        rng = random.Random(f"prompts {domain} {seed}")
-        train = pocket_tasks.generate_unique(domain, rng, PROMPTS_TRAIN, held_out=False)
-        valid = pocket_tasks.generate_unique(domain, rng, PROMPTS_VALID, held_out=True)
+        # A stream for each split, so that the size of one does not move the other.
+        streams = [random.Random(f"{split} prompts {domain} {seed}") for split in ("train", "valid")]
+        train = pocket_tasks.generate_unique(domain, streams[0], PROMPTS_TRAIN, held_out=False)
+        valid = pocket_tasks.generate_unique(domain, streams[1], PROMPTS_VALID, held_out=True)
         write_lines(folder / domain / "train.jsonl", [{"prompt": task.prompt} for task in train])
         write_lines(folder / domain / "valid.jsonl", [{"prompt": task.prompt, "answer": task.answer} for task in valid])
 

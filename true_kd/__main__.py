@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 
 
 def main() -> None:
@@ -23,16 +24,13 @@ def main() -> None:
         code = run(sys.argv[1:])
     except TrueKDError as error:
         if os.environ.get("TRUE_KD_DEBUG") == "1":
-            raise
-        print(printable(str(error)), file=sys.stderr)
+            traceback.print_exc()
+        else:
+            print(printable(str(error)), file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr)
+        print("true-kd: stopped by Ctrl-C. Finished domains and captured replies are kept.", file=sys.stderr)
         code = 130
-    except BrokenPipeError:
-        # The reader of a pipe went away: nothing more to say, and no complaint at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
     sys.exit(code)
 
 

@@ -33,8 +33,8 @@ def checkpoint_folder(folder: Path, iteration: int) -> Path:
 def remove_checkpoints(folder: Path) -> None:
     """Delete the checkpoint folders of an earlier run."""
     for checkpoint in folder.glob("checkpoint_*"):
-        if checkpoint.name.removeprefix("checkpoint_").isdecimal():
-            shutil.rmtree(checkpoint)
+        if checkpoint.name.removeprefix("checkpoint_").isdecimal() and not checkpoint.is_symlink():
+            shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def save_adapter(
@@ -63,7 +63,7 @@ def load_adapter(module: nn.Module, folder: Path) -> None:
     """
     try:
         found, expected = attach_adapter(module, folder)
-    except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise CacheError(f"{folder}: not an adapter of this student ({error}). Distil it again.") from error
     if found != expected:
         raise CacheError(

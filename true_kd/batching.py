@@ -55,7 +55,7 @@ def epoch_batches(lengths: Sequence[int], options: BatchOptions, seed: int, epoc
     stretch = options.batch_size * options.bucket
     batches = []
     for start in range(0, len(order), stretch):
-        block = sorted(order[start : start + stretch], key=lambda index: (lengths[index], index))
+        block = sorted(order[start : start + stretch], key=lambda index: lengths[index])
         batches += [block[at : at + options.batch_size] for at in range(0, len(block), options.batch_size)]
     return [[int(index) for index in batches[at]] for at in rng.permutation(len(batches))]
 

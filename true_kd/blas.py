@@ -40,19 +40,21 @@ def _load() -> Blas:
     if sys.platform != "linux":
         return Blas(None, "not needed on this platform")
     choice = os.environ.get(VARIABLE, "")
-    if choice == "off":
-        return Blas(None, f"{VARIABLE}=off")
+    if choice.lower() == "off":
+        return Blas(None, f"{VARIABLE}={choice}")
     if "mlx.core" in sys.modules:
         return Blas(None, "mlx was imported before true_kd, too late to load one")
     os.environ.setdefault("MKL_THREADING_LAYER", "GNU")
     for name in (choice,) if choice else _CANDIDATES:
         try:
+            # Looked at before it is made global: a library that is no BLAS must not put its symbols before others'.
+            ctypes.CDLL(name).cblas_sgemm  # noqa: B018
             ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
-        except OSError:
+        except (OSError, AttributeError):
             continue
         return Blas(name, "found and loaded")
     if choice:
-        return Blas(None, f"{VARIABLE}={choice} cannot be loaded")
+        return Blas(None, f"{VARIABLE}={choice} is not a BLAS that can be loaded")
     return Blas(None, "none installed; `apt install libopenblas0-pthread` makes CPU runs about 30 times faster")
 
 

@@ -9,6 +9,7 @@ its replies are captured again.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -24,7 +25,7 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from true_kd.errors import CacheError
-from true_kd.files import digest_file, digest_json, sync_folder, write_atomic, write_json
+from true_kd.files import digest_file, digest_json, expand, make_folder, sync_folder, write_atomic, write_json
 from true_kd.targets import TeacherTargets
 
 FORMAT = 1
@@ -65,7 +66,7 @@ def reply_key(prompt: Iterable[int], response: Iterable[int] | None) -> str:
 def default_root() -> Path:
     """`$TRUE_KD_CACHE`, or `true-kd` in the platform's cache folder."""
     if chosen := os.environ.get(VARIABLE):
-        return Path(chosen).expanduser()
+        return expand(chosen, f"${VARIABLE}")
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "true-kd"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "true-kd"
@@ -107,7 +108,7 @@ class TargetCache:
         payload = _pack(replies)
         name = f"{digest_json(sorted(replies))[:16]}.safetensors"
         path = self.folder / name
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         with FileLock(self.folder / ".lock"):
             if not (self.folder / "identity.json").exists():
                 write_json(self.folder / "identity.json", {"format": FORMAT, **self.identity.facts})
@@ -136,9 +137,12 @@ class TargetCache:
         for line in path.read_bytes().splitlines() if path.exists() else ():
             try:
                 record = json.loads(line)
-                shards[str(record["shard"])] = (str(record["sha256"]), [str(key) for key in record["keys"]])
+                name, digest, keys = str(record["shard"]), str(record["sha256"]), [str(key) for key in record["keys"]]
             except (ValueError, KeyError, TypeError):
                 continue
+            # Of two lines with one reply the later counts, also where the first shard was written again.
+            shards.pop(name, None)
+            shards[name] = (digest, keys)
         return {name: shard for name, shard in shards.items() if Path(name).name == name}
 
     def _is_whole(self, shard: str) -> bool:
@@ -149,8 +153,12 @@ class TargetCache:
 
     def _read_shard(self, shard: str) -> dict[str, CachedReply]:
         path = self.folder / shard
+        digest, keys = self._shards[shard]
         try:
-            return _unpack(load_safetensors(path.read_bytes()), self._shards[shard][1])
+            content = path.read_bytes()
+            if hashlib.sha256(content).hexdigest() != digest:
+                raise ValueError("its digest is not the manifest's")
+            return _unpack(load_safetensors(content), keys)
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise CacheError(f"{path}: damaged or gone ({error}). Run again: it will be captured anew.") from error
 
@@ -168,7 +176,7 @@ def _pack(replies: Mapping[str, CachedReply]) -> bytes:
         "token_counts": np.array([len(item.tokens) for item in items], dtype=np.int32),
         "finished": np.array([_FINISHED.index(item.finished) for item in items], dtype=np.uint8),
         "entry_counts": np.concatenate([np.diff(item.targets.offsets) for item in items]).astype(np.int32),
-        "draw_temperature": np.array([items[0].targets.draw_temperature], dtype=np.float32),
+        "draw_temperature": np.array([items[0].targets.draw_temperature], dtype=np.float64),
     }
     for name in ("ids", "logprobs", "draws", "draw_mass", "log_partition"):
         tensors[name] = np.concatenate([item.targets.arrays()[name] for item in items])

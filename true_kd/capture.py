@@ -15,7 +15,15 @@ import numpy as np
 
 from true_kd.cache import CachedReply, CacheIdentity, TargetCache, reply_key
 from true_kd.examples import Rendered, render
-from true_kd.models import LanguageModel, SamplingOptions, generate_replies, seed_of, split_head, uniforms_of
+from true_kd.models import (
+    LanguageModel,
+    ModelTokenizer,
+    SamplingOptions,
+    generate_replies,
+    seed_of,
+    split_head,
+    uniforms_of,
+)
 from true_kd.options import PositiveInt
 from true_kd.prompts import Prompt
 from true_kd.targets import TargetOptions, TeacherTargets, encode, join
@@ -50,7 +58,7 @@ class TeacherPrompt:
     key: str
 
 
-def teacher_identity(teacher: LanguageModel, capture: CaptureOptions, targets: TargetOptions) -> CacheIdentity:
+def teacher_identity(teacher: ModelTokenizer, capture: CaptureOptions, targets: TargetOptions) -> CacheIdentity:
     """What the targets depend on, besides the tokens that the teacher is given."""
     return CacheIdentity(
         {
@@ -62,7 +70,7 @@ def teacher_identity(teacher: LanguageModel, capture: CaptureOptions, targets: T
     )
 
 
-def render_for(teacher: LanguageModel, prompts: Sequence[Prompt]) -> list[TeacherPrompt]:
+def render_for(teacher: ModelTokenizer, prompts: Sequence[Prompt]) -> list[TeacherPrompt]:
     """The prompts as the teacher's tokens, in order."""
     rendered = [render(prompt, teacher.tokenizer, teacher.stop_ids, teacher.name) for prompt in prompts]
     return [TeacherPrompt(item, reply_key(item.prompt, item.response)) for item in rendered]

@@ -17,7 +17,6 @@ app = typer.Typer(
     name="true-kd",
     help="Distil a large language model into small LoRA adapters on the machine in front of you.",
     epilog=EXIT_CODES,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -28,7 +27,13 @@ _UsageProblem = typer.BadParameter.__mro__[2]
 
 
 def run(arguments: list[str]) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line; returns the exit code.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        for Ctrl-C, which click turns into an exception of its own.
+    """
     try:
         return app(arguments, prog_name="true-kd", standalone_mode=False) or 0
     except typer.Exit as stop:
@@ -37,8 +42,8 @@ def run(arguments: list[str]) -> int:
         line = " ".join(problem.format_message().split())
         typer.echo(f"true-kd: {line} See `true-kd --help`.", err=True)
         return 2
-    except typer.Abort:
-        return 130
+    except typer.Abort as abort:
+        raise KeyboardInterrupt from abort
 
 
 def _flag(name: str, *spellings: str) -> Any:
@@ -119,7 +124,8 @@ def init(
 
     written, kept = lay_out(folder)
     typer.echo(f"{folder}: {len(written)} files written, {len(kept)} already there and kept.")
-    typer.echo("Next: true-kd distill --domain thinking")
+    inside = "" if folder == Path() else f"cd {folder} && "
+    typer.echo(f"Next: {inside}true-kd distill --domain thinking")
     return 0
 
 
@@ -134,19 +140,24 @@ def doctor() -> int:
 
 
 @app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, typer.Option("--version", help="Show the version and leave.")] = False) -> None:
+def _main(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and leave.")] = False,
+) -> None:
     if version:
         typer.echo(f"true-kd {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 def _overrides(flags: dict[str, Any], sets: list[str] | None) -> list[Override]:
-    given = [Override("--set", *parse_override(text)) for text in sets or ()]
-    return given + [
+    given = [
         Override(f"--{name.replace('_', '-')}", SHORT_NAMES[name], value)
         for name, value in flags.items()
         if value is not None
     ]
+    return given + [Override("--set", *parse_override(text)) for text in sets or ()]
 
 
 def _distill(config: Path | None, named: list[str], everything: bool, overrides: list[Override]) -> int:
@@ -156,7 +167,7 @@ def _distill(config: Path | None, named: list[str], everything: bool, overrides:
     domains = jobs.choose_domains(config, named, everything, overrides)
     planned, failures = jobs.plan(config, domains, overrides)
     if not planned:
-        raise next(iter(failures.values()))
+        raise jobs.DomainsRefused(failures)
     view = make_view()
     with view:
         for event in pipeline.distill(planned, failures):

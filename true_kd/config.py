@@ -15,12 +15,15 @@ from typing import Any
 from pydantic import Field
 
 from true_kd import pocket
+from true_kd.cache import default_root
 from true_kd.capture import CaptureOptions
 from true_kd.errors import ConfigError
 from true_kd.evaluation import EvaluationOptions
+from true_kd.files import expand
 from true_kd.losses import LossOptions
 from true_kd.models import LoraOptions, ModelOptions
 from true_kd.options import Options
+from true_kd.suggest import quote
 from true_kd.targets import TargetOptions
 from true_kd.training import TrainingOptions
 from true_kd.validation import dotted, validate
@@ -38,13 +41,13 @@ class RunConfig(Options):
     """The model that is imitated."""
     student: ModelOptions = ModelOptions(model="mlx-community/Qwen2.5-3B-Instruct-4bit")
     """The model that gets the adapter."""
-    prompts: str = "prompts"
+    prompts: str = Field(default="prompts", min_length=1)
     """Folder with one folder of prompts per domain."""
     domains: tuple[str, ...] | None = None
     """The domains that run when the command line names none; null to ask for a choice."""
     out: str = Field(default="adapters_kd", min_length=1)
     """Folder that gets one adapter folder per domain, and kd_summary.json."""
-    cache: str | None = None
+    cache: str | None = Field(default=None, min_length=1)
     """Folder of the teacher's targets; null for $TRUE_KD_CACHE or the platform's cache folder."""
     capture: CaptureOptions = CaptureOptions()
     """How the teacher writes its replies."""
@@ -65,11 +68,26 @@ class RunConfig(Options):
     fresh: bool = False
     """Do finished domains again."""
 
+    @property
+    def out_folder(self) -> Path:
+        """`out` as a path."""
+        return expand(self.out, "out")
+
+    @property
+    def prompts_folder(self) -> Path:
+        """`prompts` as a path."""
+        return pocket.locate(self.prompts, "prompts")
+
+    @property
+    def cache_folder(self) -> Path:
+        """`cache` as a path, or the default one."""
+        return expand(self.cache, "cache") if self.cache else default_root()
+
 
 # Flags of the command line and keyword arguments of `KDConfig`, each the short name of one key.
 SHORT_NAMES: Mapping[str, KeyPath] = {
-    "teacher": ("teacher", "model"),
-    "student": ("student", "model"),
+    "teacher": ("teacher",),
+    "student": ("student",),
     "temperature": ("losses", "temperature"),
     "alpha": ("losses", "alpha"),
     "iters": ("training", "iters"),
@@ -89,6 +107,7 @@ SHORT_NAMES: Mapping[str, KeyPath] = {
 def describe_key(path: KeyPath) -> str:
     """What a key of the config means, its bounds and its default: the text of `--help`."""
     options: Any = RunConfig()
+    path = (*path, "model") if path[0] in _SEAMS else path
     for key in path[:-1]:
         options = getattr(options, str(key))
     field = type(options).model_fields[str(path[-1])]
@@ -97,6 +116,7 @@ def describe_key(path: KeyPath) -> str:
     return f"{' '.join((field.description or '').split())} [{bounds}default: {getattr(options, str(path[-1]))}]"
 
 
+_SEAMS = ("teacher", "student")
 _RUN_WIDE = ("domains", "prompts", "out", "cache", "fresh")
 
 
@@ -113,8 +133,8 @@ class KDConfig(RunConfig):
             path = SHORT_NAMES.get(name, (name,))
             if isinstance(value, Options):
                 value = value.model_dump(mode="json", exclude_unset=True)
-            if isinstance(value, Mapping):
-                _merge(nested, {name: value})
+            if isinstance(value, Mapping) or name in _SEAMS:
+                _merge(nested, _by_name({name: value}, nested))
             else:
                 _put(nested, path, value)
         checked = validate(RunConfig, nested, lambda _: "KDConfig")
@@ -142,23 +162,24 @@ def load_config(base: Path | None, domain: str | None, overrides: Sequence[Overr
     """
     layers = [_read_base(base)]
     if domain is not None:
-        beside = base_path(base).with_name(f"{domain}.yaml")
-        if beside.is_file() and beside != base_path(base):
-            layers.append(_read_domain(beside))
-    merged: dict[str, Any] = {}
+        layers += _read_domain(base_path(base), domain)
+    # A model's mapping may leave out its name, which then is the default one.
+    merged: dict[str, Any] = {seam: {"model": RunConfig.model_fields[seam].default.model} for seam in _SEAMS}
     for layer in layers:
-        _merge(merged, _spelled_out(layer.data))
+        _merge(merged, _by_name(layer.data, merged))
     flags: dict[KeyPath, str] = {}
     for override in overrides:
-        by_name = override.path in (("teacher",), ("student",)) and isinstance(override.value, str)
-        path = (*override.path, "model") if by_name else override.path
-        _put(merged, path, override.value, override.flag)
-        flags[path] = override.flag
+        if override.path in ((seam,) for seam in _SEAMS) and isinstance(override.value, str):
+            _merge(merged, _by_name({override.path[0]: override.value}, merged))
+        else:
+            _put(merged, override.path, override.value, override.flag)
+        flags[override.path] = override.flag
 
     def where(path: KeyPath) -> str:
         for length in range(len(path), 0, -1):
-            if path[:length] in flags:
-                return flags[path[:length]]
+            below = [flag for given, flag in flags.items() if given[:length] == path[:length]]
+            if below:
+                return below[-1]
             for layer in reversed(layers):
                 if layer.line(path[:length]) is not None:
                     return f"{layer.name}:{layer.line(path[:length])}"
@@ -169,22 +190,22 @@ def load_config(base: Path | None, domain: str | None, overrides: Sequence[Overr
 
 def base_path(base: Path | None) -> Path:
     """The base file behind `--config`, `pocket:` names resolved."""
-    return BASE if base is None else pocket.locate(str(base))
+    return BASE if base is None else pocket.locate(str(base), "--config")
 
 
 class NoConfigs(ConfigError):
     """There is no base file where one is expected."""
 
     def __init__(self, path: Path, given: bool) -> None:
+        found = "not a file" if path.exists() else "no such file"
         if given:
-            super().__init__([f"--config {path}: no such file, expected a YAML file such as configs/base.yaml."])
+            line = f"--config {quote(str(path))}: {found}, expected a YAML file such as configs/base.yaml."
         else:
-            super().__init__(
-                [
-                    f"{path}: not found in {Path.cwd()}, expected configs/ and prompts/ in the current folder. "
-                    "Run `true-kd init` to lay them out, or give --config."
-                ]
+            line = (
+                f"{path}: not found here, expected configs/ and prompts/ in the current folder. "
+                "Run `true-kd init` to lay them out, or give --config."
             )
+        super().__init__([line])
 
 
 def _read_base(base: Path | None) -> Document:
@@ -194,7 +215,13 @@ def _read_base(base: Path | None) -> Document:
     return read_yaml(path)
 
 
-def _read_domain(path: Path) -> Document:
+def _read_domain(base: Path, domain: str) -> list[Document]:
+    """The domain's own file beside the base file, if there is one."""
+    path = base.with_name(f"{domain}.yaml")
+    if path.with_suffix(".yml").is_file():
+        raise ConfigError([f"{path.with_suffix('.yml')}: not read, expected {path.name}. Rename it."])
+    if not path.is_file() or path == base:
+        return []
     document = read_yaml(path)
     misplaced = [key for key in document.data if key in _RUN_WIDE]
     if misplaced:
@@ -205,15 +232,20 @@ def _read_domain(path: Path) -> Document:
                 for key in misplaced
             ]
         )
-    return document
+    return [document]
 
 
-def _spelled_out(data: Mapping[str, Any]) -> dict[str, Any]:
-    """`teacher: NAME` as `teacher: {model: NAME}`, and the same for the student."""
-    return {
-        key: {"model": value} if key in ("teacher", "student") and isinstance(value, str) else value
-        for key, value in data.items()
-    }
+def _by_name(data: Mapping[str, Any], merged: dict[str, Any]) -> dict[str, Any]:
+    """`teacher: NAME` as `teacher: {model: NAME}`, and the same for the student: another model, all of it.
+
+    What `merged` holds of the model before, its revision above all, goes.
+    """
+    spelled = dict(data)
+    for seam in _SEAMS:
+        if isinstance(spelled.get(seam), str):
+            spelled[seam] = {"model": spelled[seam]}
+            merged[seam] = {}
+    return spelled
 
 
 def _merge(into: dict[str, Any], data: Mapping[str, Any]) -> None:

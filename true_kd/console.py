@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
@@ -52,6 +51,8 @@ class LineView:
                 self.say(f"teacher {model}: opening")
             case events.Captured(domain, progress):
                 self.captured(domain, progress)
+            case events.CaptureReused(domain, replies):
+                self.say(f"{domain}: {replies} replies of the teacher are in the cache")
             case events.TeacherFreed(memory):
                 self.say(f"teacher freed, {memory / 2**20:.0f} MB still held")
             case events.TrainingStarted(domain, iters, data):
@@ -71,8 +72,8 @@ class LineView:
                 self.say(f"{domain}: iteration {validation.iteration}: {_validation(validation.metrics)}")
             case events.DomainFinished(result):
                 self.finished(result)
-            case events.DomainFailed(domain, error):
-                self.failed(domain, error)
+            case events.DomainFailed(domain, error, trace):
+                self.failed(domain, error, trace)
             case events.RunFinished(results, failures, summary, seconds):
                 self.summed_up(results, seconds)
                 self.say(f"{len(results)} done, {len(failures)} failed. Summary: {summary}")
@@ -96,11 +97,10 @@ class LineView:
         what = "unchanged since" if result.unchanged else "finished"
         self.say(f"{result.domain}: {what} {result.finished_at}: {result.adapter_path}")
 
-    def failed(self, domain: str, error: Exception) -> None:
-        """Report a failure; a bug keeps its traceback."""
-        self.say(f"{domain}: failed. {error}")
-        if not isinstance(error, TrueKDError) or os.environ.get("TRUE_KD_DEBUG") == "1":
-            self.say("".join(traceback.format_exception(error)))
+    def failed(self, domain: str, error: Exception, trace: str) -> None:
+        """Report a failure on stderr; a bug keeps its traceback."""
+        is_bug = not isinstance(error, TrueKDError) or os.environ.get("TRUE_KD_DEBUG") == "1"
+        print(printable(f"{domain}: failed. {trace if is_bug else error}"), file=sys.stderr)
 
     def summed_up(self, results: Sequence[KDResult], seconds: float) -> None:
         """Print the table of all domains."""

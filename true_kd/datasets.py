@@ -49,7 +49,7 @@ def build_data(job: Job, student: LanguageModel) -> DomainData:
     for name, found in examples.items():
         if not found:
             raise InputError(
-                f"{job.domain}: none of the {len(splits[name].prompts)} {name} examples can be trained, expected at "
+                f"none of the {len(splits[name].prompts)} {name} examples can be trained, expected at "
                 f"least one. Prompts must leave room for a reply within training.max_seq_length="
                 f"{config.training.max_seq_length}."
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from true_kd import events, jobs, pipeline, pocket, prompts
+from true_kd import events, jobs, pipeline, prompts
 from true_kd.config import KDConfig, RunConfig
 from true_kd.errors import TrueKDError
 from true_kd.jobs import Job
@@ -90,7 +90,7 @@ class TrueKnowledgeDistiller:
             at the end, when a domain failed; the others are done all the same.
         """
         if domains is None:
-            domains = prompts.list_domains(pocket.locate(self.config.prompts))
+            domains = prompts.list_domains(self.config.prompts_folder)
         given = domains if isinstance(domains, Mapping) else dict.fromkeys(domains)
         results, failures = self._run([self._job(domain, train, None) for domain, train in given.items()])
         if failures:
@@ -100,7 +100,7 @@ class TrueKnowledgeDistiller:
     def _job(self, domain: str, train: Prompts | None, valid: Prompts | None) -> Job:
         prompts.check_domain_name(domain)
         if train is None:
-            return Job(domain, self.config, *jobs.read_domain(pocket.locate(self.config.prompts), domain))
+            return Job(domain, self.config, *jobs.read_domain(self.config.prompts_folder, domain))
         read = _read(train, "train_prompts")
         if valid is None:
             return Job(domain, self.config, *jobs.hold_out(read, "train_prompts"))

@@ -15,7 +15,7 @@ from pydantic import Field
 from true_kd.batching import collate
 from true_kd.examples import Example, render
 from true_kd.losses import LossOptions, label_ce, sparse_kd
-from true_kd.models import LanguageModel, SamplingOptions, generate_replies, split_head
+from true_kd.models import LanguageModel, ModelTokenizer, SamplingOptions, generate_replies, split_head
 from true_kd.options import Options
 from true_kd.prompts import Prompt
 
@@ -94,7 +94,7 @@ def exact_match(
 
 
 def score_answers(
-    prompts: Sequence[Prompt], replies: Iterable[Sequence[int]], model: LanguageModel, evaluation: EvaluationOptions
+    prompts: Sequence[Prompt], replies: Iterable[Sequence[int]], model: ModelTokenizer, evaluation: EvaluationOptions
 ) -> float:
     """Share of replies (token ids) whose answer is that of their prompt."""
     stop = set(model.stop_ids)

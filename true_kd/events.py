@@ -27,6 +27,14 @@ class Captured:
 
 
 @dataclass(frozen=True)
+class CaptureReused:
+    """All of a domain's replies are in the cache already; the teacher is not needed."""
+
+    domain: str
+    replies: int
+
+
+@dataclass(frozen=True)
 class TeacherFreed:
     """The teacher is gone from memory; `active_memory` bytes are still held."""
 
@@ -71,6 +79,9 @@ class DomainFailed:
 
     domain: str
     error: Exception
+    """Without its traceback, whose frames would keep models in memory."""
+    trace: str = ""
+    """The traceback as text."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +97,7 @@ class RunFinished:
 Event = (
     TeacherOpening
     | Captured
+    | CaptureReused
     | TeacherFreed
     | TrainingStarted
     | Stepped

@@ -13,15 +13,49 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from true_kd.errors import EnvironmentProblem
+from true_kd.errors import EnvironmentProblem, InputError
+from true_kd.suggest import quote
 
 
 class CannotWrite(EnvironmentProblem):
-    """A file cannot be written: disk full, no permission, read-only."""
+    """A file or folder cannot be written: disk full, no permission, read-only, something else in its place."""
 
     def __init__(self, path: Path, error: Exception) -> None:
         reason = " ".join((getattr(error, "strerror", None) or str(error)).split())
-        super().__init__(f"{path}: cannot be written ({reason}). Free space or choose another --out, then run again.")
+        super().__init__(f"{path}: cannot be written ({reason}). Free space, or choose another place, and run again.")
+
+
+def expand(name: str, what: str) -> Path:
+    """The path that a user's `name` stands for, `~` expanded; `what` names the setting in messages.
+
+    Raises
+    ------
+    InputError
+        for a name that no path can have: an unknown user's home, over-long parts, a NUL character.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"{what} {quote(name)}: not a path ({reason}). Write another.") from error
+    return path
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and prove that files can be written in it.
+
+    Raises
+    ------
+    CannotWrite
+        where they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CannotWrite(folder, error) from error
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from true_kd import pocket, prompts
+from true_kd import prompts
 from true_kd.cache import TargetCache
 from true_kd.capture import TeacherPrompt
 from true_kd.config import Override, RunConfig, load_config
@@ -15,7 +15,19 @@ from true_kd.files import digest_json
 from true_kd.models import ModelOptions
 from true_kd.prompts import Prompt
 from true_kd.reporting import FORMAT
+from true_kd.suggest import quote
 from true_kd.vocabulary import VocabularyMap
+
+
+class DomainsRefused(TrueKDError):
+    """Nothing of a run can be done: every domain has its error, one line each."""
+
+    def __init__(self, failures: Mapping[str, TrueKDError]) -> None:
+        lines = dict.fromkeys(str(error) for error in failures.values())
+        super().__init__("\n".join(lines))
+        codes = {error.exit_code for error in failures.values()}
+        self.exit_code = codes.pop() if len(codes) == 1 else 1
+
 
 HELD_OUT = 0.1
 """Share of the training prompts that validate a domain without a validation file."""
@@ -50,7 +62,7 @@ class Job:
     @property
     def folder(self) -> Path:
         """Where the domain's adapter goes."""
-        return Path(self.config.out) / self.domain
+        return self.config.out_folder / self.domain
 
     def digest(self, models: Mapping[ModelOptions, str]) -> str:
         """What the result depends on: models, prompts and every option but those that say where things lie.
@@ -86,7 +98,7 @@ def choose_domains(
     if named:
         return list(dict.fromkeys(named))
     config = load_config(base, None, overrides)
-    root = pocket.locate(config.prompts)
+    root = config.prompts_folder
     if config.domains and not everything:
         return list(dict.fromkeys(config.domains))
     found = prompts.list_domains(root) if root.is_dir() else []
@@ -107,7 +119,7 @@ def plan(
         try:
             prompts.check_domain_name(domain)
             config = load_config(base, domain, overrides)
-            train, valid = read_domain(pocket.locate(config.prompts), domain)
+            train, valid = read_domain(config.prompts_folder, domain)
             jobs.append(Job(domain, config, train, valid))
         except TrueKDError as error:
             failures[domain] = error
@@ -117,9 +129,7 @@ def plan(
 def read_domain(root: Path, domain: str) -> tuple[list[Prompt], list[Prompt]]:
     """Training and validation prompts of a domain; without a validation file, a tenth of the former is held out."""
     if not root.is_dir():
-        raise PromptError(
-            [f"{root}: no such folder in {Path.cwd()}. Run `true-kd init`, or set prompts in the config."]
-        )
+        raise PromptError([f"prompts {quote(str(root))}: no such folder. Run `true-kd init`, or give --prompts."])
     train = prompts.load_prompts(root, domain, "train")
     if prompts.has_split(root, domain, "valid"):
         return train, prompts.load_prompts(root, domain, "valid")

@@ -32,9 +32,6 @@ class LossOptions(Options):
     """Response tokens that pass the output head at a time: memory of the loss is chunk times vocabulary."""
 
 
-# The dense reference ------------------------------------------------------------------------------------------------
-
-
 def compute_kd_loss(
     teacher_logits: Float[mx.array, "*batch vocab"],
     student_logits: Float[mx.array, "*batch vocab"],
@@ -80,9 +77,6 @@ def compute_ce_loss(
 def _log_softmax(logits: mx.array, temperature: float) -> mx.array:
     scaled = logits.astype(mx.float32) / temperature
     return scaled - mx.logsumexp(scaled, axis=-1, keepdims=True)
-
-
-# The fast path ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

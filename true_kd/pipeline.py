@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import traceback
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -16,15 +17,25 @@ import mlx.core as mx
 from filelock import FileLock, Timeout
 
 from true_kd import events, reporting
-from true_kd.cache import TargetCache, default_root
+from true_kd.cache import TargetCache
 from true_kd.capture import capture, render_for, teacher_identity
 from true_kd.errors import InputError, LockedError, TrueKDError
 from true_kd.evaluation import score_answers
-from true_kd.files import CannotWrite
-from true_kd.jobs import CapturedTargets, Job
-from true_kd.models import LanguageModel, ModelOptions, describe, open_model, open_tokenizer, release_memory
+from true_kd.files import make_folder
+from true_kd.jobs import CapturedTargets, DomainsRefused, Job
+from true_kd.models import (
+    LanguageModel,
+    ModelOptions,
+    ModelTokenizer,
+    check_keys,
+    open_model,
+    open_skeleton,
+    open_tokenizer,
+    release_memory,
+)
 from true_kd.reporting import KDResult
 from true_kd.student import distill_student
+from true_kd.suggest import quote
 from true_kd.vocabulary import map_vocabulary
 
 
@@ -37,17 +48,18 @@ def distill(jobs: Sequence[Job], failures: Mapping[str, TrueKDError] | None = No
     Raises
     ------
     TrueKDError
-        for what stops all domains: a model that cannot be opened, vocabularies that differ, a locked folder.
+        when nothing at all can be done: the model of every domain is missing, the output folder is locked.
     """
     started = time.perf_counter()
-    out = Path(jobs[0].config.out)
     ledger = _Ledger()
+    jobs, refused = _identify(jobs, failures or {})
+    out = jobs[0].config.out_folder
     with _hold(out):
-        for domain, error in (failures or {}).items():
+        for domain, error in refused.items():
             yield ledger.failed(domain, error)
         todo = yield from _skip_finished(jobs, ledger)
-        for group in _group_by_models(todo):
-            _compare_vocabularies(group)
+        groups = _group_by_models(todo)
+        for group in groups:
             captured = yield from _capture_all(group, ledger)
             for job in captured:
                 yield from _train_isolated(job, ledger)
@@ -70,26 +82,57 @@ class _Ledger:
         return events.DomainFinished(result)
 
     def failed(self, domain: str, error: Exception) -> events.DomainFailed:
+        trace = "".join(traceback.format_exception(error))
+        linked: BaseException | None = error
+        while linked is not None:
+            traceback.clear_frames(linked.__traceback__)
+            linked.__traceback__ = None
+            linked = linked.__cause__ or linked.__context__
         self.failures[domain] = error
-        return events.DomainFailed(domain, error)
+        return events.DomainFailed(domain, error, trace)
+
+
+def _identify(jobs: Sequence[Job], failures: Mapping[str, TrueKDError]) -> tuple[list[Job], dict[str, TrueKDError]]:
+    """The jobs whose models fit together, each with its digest and vocabulary map, and the errors of the others.
+
+    Nothing is written and no weights are opened: what cannot work is found before hours are spent on it.
+    """
+    identified, refused = [], dict(failures)
+    seen: dict[tuple[ModelOptions, str], ModelTokenizer] = {}
+
+    def tokenizer(options: ModelOptions, seam: str) -> ModelTokenizer:
+        if (options, seam) not in seen:
+            seen[options, seam] = open_tokenizer(options, seam)
+        return seen[options, seam]
+
+    for job in jobs:
+        try:
+            teacher, student = tokenizer(job.config.teacher, "teacher"), tokenizer(job.config.student, "student")
+            job.run_digest = job.digest({job.config.teacher: teacher.digest, job.config.student: student.digest})
+            job.vocabulary = map_vocabulary(
+                teacher.ids, student.ids, teacher.size, student.size, job.config.vocab_strategy
+            )
+            if job.config.lora.keys is not None:
+                check_keys(open_skeleton(job.config.student, "student"), job.config.lora)
+            identified.append(job)
+        except TrueKDError as error:
+            refused[job.domain] = error
+    if not identified:
+        raise DomainsRefused(refused)
+    return identified, refused
 
 
 @contextlib.contextmanager
 def _hold(out: Path) -> Iterator[None]:
     """The lock on an output folder: two runs never write one."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise InputError(f"--out {out}: a file is in the way, expected a folder. Choose another name.") from error
-    except OSError as error:
-        raise CannotWrite(out, error) from error
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {quote(str(out))}: a file is in the way, expected a folder. Choose another name.")
+    make_folder(out)
     lock = FileLock(out / ".lock", timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
         raise LockedError(out, "another true-kd run") from error
-    except OSError as error:
-        raise CannotWrite(out, error) from error
     try:
         yield
     finally:
@@ -97,41 +140,34 @@ def _hold(out: Path) -> Iterator[None]:
 
 
 def _skip_finished(jobs: Sequence[Job], ledger: _Ledger) -> Generator[events.Event, None, list[Job]]:
-    """The jobs that have work to do; each gets its digest."""
-    seams = {job.config.teacher: "teacher" for job in jobs} | {job.config.student: "student" for job in jobs}
-    models = {options: describe(options, seam).digest for options, seam in seams.items()}
+    """The jobs that have work to do, and a folder to do it in."""
     todo = []
     for job in jobs:
-        job.run_digest = job.digest(models)
         finished = None if job.config.fresh else reporting.read_result(job.folder, job.run_digest)
-        if finished is None:
-            todo.append(job)
-        else:
+        if finished is not None:
             yield ledger.finished(finished)
+            continue
+        try:
+            make_folder(job.folder)
+            make_folder(job.config.cache_folder)
+            todo.append(job)
+        except TrueKDError as error:
+            yield ledger.failed(job.domain, error)
     return todo
 
 
 def _group_by_models(jobs: Sequence[Job]) -> list[list[Job]]:
-    """Jobs that share teacher and student, in order: a teacher is opened once per group."""
-    groups: dict[tuple[ModelOptions, ModelOptions], list[Job]] = {}
+    """Jobs that share a teacher, in order: it is opened once per group."""
+    groups: dict[ModelOptions, list[Job]] = {}
     for job in jobs:
-        groups.setdefault((job.config.teacher, job.config.student), []).append(job)
+        groups.setdefault(job.config.teacher, []).append(job)
     return list(groups.values())
-
-
-def _compare_vocabularies(group: Sequence[Job]) -> None:
-    """Prove that teacher and student mean the same by their ids, from the tokenizers alone, before hours of work."""
-    teacher = open_tokenizer(group[0].config.teacher, "teacher")
-    student = open_tokenizer(group[0].config.student, "student")
-    for job in group:
-        job.vocabulary = map_vocabulary(teacher.ids, student.ids, teacher.size, student.size, job.config.vocab_strategy)
 
 
 def _capture_all(group: Sequence[Job], ledger: _Ledger) -> Generator[events.Event, None, list[Job]]:
     """The jobs whose targets are in the cache. When this returns, the teacher is gone from memory."""
-    yield events.TeacherOpening(group[0].config.teacher.model)
     mx.reset_peak_memory()
-    teacher = open_model(group[0].config.teacher, "teacher")
+    teacher = _Teacher(group[0].config.teacher)
     captured = []
     for job in group:
         try:
@@ -139,29 +175,63 @@ def _capture_all(group: Sequence[Job], ledger: _Ledger) -> Generator[events.Even
             captured.append(job)
         except Exception as error:
             yield ledger.failed(job.domain, error)
-    del teacher
-    release_memory()
-    yield events.TeacherFreed(mx.get_active_memory())
+    if teacher.close():
+        yield events.TeacherFreed(mx.get_active_memory())
     return captured
 
 
-def _capture(job: Job, teacher: LanguageModel) -> Generator[events.Event, None, CapturedTargets]:
+class _Teacher:
+    """The teacher's tokenizer, and its weights from the moment they are needed: never, where all is in the cache."""
+
+    def __init__(self, options: ModelOptions) -> None:
+        self.options = options
+        self.text = open_tokenizer(options, "teacher")
+        self._model: LanguageModel | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self._model is not None
+
+    def open(self) -> LanguageModel:
+        if self._model is None:
+            self._model = open_model(self.options, "teacher")
+        return self._model
+
+    def close(self) -> bool:
+        """Free the weights; returns whether they had been opened."""
+        opened, self._model = self.is_open, None
+        release_memory()
+        return opened
+
+
+def _capture(job: Job, teacher: _Teacher) -> Generator[events.Event, None, CapturedTargets]:
     started = time.perf_counter()
     config = job.config
-    root = Path(config.cache).expanduser() if config.cache else default_root()
-    cache = TargetCache(root, teacher_identity(teacher, config.capture, config.targets))
-    train = render_for(teacher, job.train_prompts)
-    valid = render_for(teacher, job.valid_prompts)
-    for progress in capture(teacher, [*train, *valid], cache, config.capture, config.targets):
-        yield events.Captured(job.domain, progress)
+    cache = TargetCache(config.cache_folder, teacher_identity(teacher.text, config.capture, config.targets))
+    train = render_for(teacher.text, job.train_prompts)
+    valid = render_for(teacher.text, job.valid_prompts)
+    needed = any(prompt.key not in cache for prompt in (*train, *valid))
+    if needed:
+        if not teacher.is_open:
+            yield events.TeacherOpening(config.teacher.model)
+        for progress in capture(teacher.open(), [*train, *valid], cache, config.capture, config.targets):
+            yield events.Captured(job.domain, progress)
+    else:
+        yield events.CaptureReused(job.domain, len({prompt.key for prompt in (*train, *valid)}))
     replies = cache.read(dict.fromkeys(prompt.key for prompt in valid))
     answered = [
         (prompt, replies[asked.key].tokens)
         for prompt, asked in zip(job.valid_prompts, valid, strict=True)
         if prompt.answer is not None
     ]
-    score = score_answers(*zip(*answered, strict=True), teacher, config.evaluation) if answered else None
-    return CapturedTargets(cache, train, valid, time.perf_counter() - started, mx.get_peak_memory(), score)
+    return CapturedTargets(
+        cache=cache,
+        train=train,
+        valid=valid,
+        seconds=time.perf_counter() - started,
+        peak_memory=mx.get_peak_memory() if needed else 0,
+        exact_match=score_answers(*zip(*answered, strict=True), teacher.text, config.evaluation) if answered else None,
+    )
 
 
 def _train_isolated(job: Job, ledger: _Ledger) -> Iterator[events.Event]:

@@ -75,10 +75,12 @@ class Prompt:
 def check_domain_name(name: str) -> None:
     """Raise `PromptError` unless `name` can be the name of a domain, and so of a folder on every system."""
     if not _DOMAIN_NAME.fullmatch(name):
+        meant = name.lower()
+        hint = f"; did you mean {quote(meant)}?" if _DOMAIN_NAME.fullmatch(meant) else ". Choose another name."
         raise PromptError(
             [
                 f"domain {quote(name)}: not a domain name, expected 1 to 64 lower-case letters, digits, '-' or '_', "
-                "starting with a letter or digit. Rename the folder."
+                f"starting with a letter or digit{hint}"
             ]
         )
 

@@ -96,7 +96,7 @@ def write_result(folder: Path, result: KDResult, run_digest: str) -> None:
     record = {
         "format": FORMAT,
         "run_digest": run_digest,
-        "adapter_sha256": digest_file(folder / adapters.WEIGHTS),
+        "sha256": _digests(folder),
         "result": asdict(result),
         "curves": _curves(result.steps),
     }
@@ -111,8 +111,7 @@ def read_result(folder: Path, run_digest: str | None = None) -> KDResult | None:
         return None
     if run_digest is not None and record.get("run_digest") != run_digest:
         return None
-    weights = folder / adapters.WEIGHTS
-    if not weights.is_file() or digest_file(weights) != record.get("adapter_sha256"):
+    if _digests(folder) != record.get("sha256"):
         return None
     try:
         columns = record["curves"]
@@ -121,6 +120,12 @@ def read_result(folder: Path, run_digest: str | None = None) -> KDResult | None:
     except (ValidationError, KeyError, ValueError, TypeError):
         return None
     return replace(result, unchanged=True, adapter_path=str(folder))
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Digests of the files that make the adapter, those that are there."""
+    files = [folder / name for name in (adapters.WEIGHTS, adapters.CONFIG)]
+    return {file.name: digest_file(file) for file in files if file.is_file()}
 
 
 def _curves(steps: Sequence[StepMetrics]) -> dict[str, list[Any]]:

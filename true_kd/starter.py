@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from true_kd.files import CannotWrite
+
 _NAMES = ("configs", "prompts")
 
 
@@ -25,7 +27,10 @@ def lay_out(folder: Path) -> tuple[list[Path], list[Path]]:
             if target.exists():
                 kept.append(target)
                 continue
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target)
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, target)
+            except OSError as error:
+                raise CannotWrite(target, error) from error
             written.append(target)
     return written, kept

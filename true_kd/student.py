@@ -13,7 +13,7 @@ from true_kd.backend import versions
 from true_kd.datasets import DomainData, build_data
 from true_kd.errors import NonFiniteLossError
 from true_kd.evaluation import evaluate, exact_match
-from true_kd.files import write_json
+from true_kd.files import CannotWrite, write_json
 from true_kd.jobs import Job
 from true_kd.models import LanguageModel, add_lora, open_model, parameter_count, trainable
 from true_kd.reporting import ExactMatch, KDResult, Validation
@@ -99,7 +99,10 @@ class _Clock:
 
 def _begin_folder(job: Job) -> None:
     """Write run.json, and take away what an earlier run left that would pass for this one's."""
-    (job.folder / adapters.METRICS).unlink(missing_ok=True)
+    try:
+        (job.folder / adapters.METRICS).unlink(missing_ok=True)
+    except OSError as error:
+        raise CannotWrite(job.folder, error) from error
     adapters.remove_checkpoints(job.folder)
     config = job.config.model_dump(mode="json")
     write_json(job.folder / adapters.RUN, {**config, "domains": [job.domain], "fresh": False})

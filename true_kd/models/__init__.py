@@ -13,15 +13,24 @@ from true_kd.models.generation import (
     uniforms_of,
 )
 from true_kd.models.heads import Split, split_head
-from true_kd.models.lora import LoraOptions, add_lora, attach_adapter, lora_parameters, parameter_count, trainable
+from true_kd.models.lora import (
+    LoraOptions,
+    add_lora,
+    attach_adapter,
+    check_keys,
+    lora_parameters,
+    parameter_count,
+    trainable,
+)
 from true_kd.models.opening import (
     LanguageModel,
     ModelFiles,
     ModelOptions,
-    Tokens,
+    ModelTokenizer,
     describe,
     locate,
     open_model,
+    open_skeleton,
     open_tokenizer,
     release_memory,
 )
@@ -32,17 +41,19 @@ __all__ = [
     "LoraOptions",
     "ModelFiles",
     "ModelOptions",
+    "ModelTokenizer",
     "Reply",
     "SamplingOptions",
     "Split",
-    "Tokens",
     "add_lora",
     "attach_adapter",
+    "check_keys",
     "describe",
     "generate_replies",
     "locate",
     "lora_parameters",
     "open_model",
+    "open_skeleton",
     "open_tokenizer",
     "parameter_count",
     "release_memory",

@@ -50,7 +50,7 @@ def add_lora(module: nn.Module, options: LoraOptions) -> None:
     """
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
-    _check_keys(module, options)
+    check_keys(module, options)
     module.freeze()
     try:
         linear_to_lora_layers(module, options.num_layers, lora_parameters(options), use_dora=options.type == "dora")
@@ -58,7 +58,8 @@ def add_lora(module: nn.Module, options: LoraOptions) -> None:
         raise InputError(f"lora: this student cannot be adapted ({error}). Change lora.keys or lora.type.") from error
 
 
-def _check_keys(module: nn.Module, options: LoraOptions) -> None:
+def check_keys(module: nn.Module, options: LoraOptions) -> None:
+    """Raise InputError when a key of `options` names no layer of the model."""
     layers = dict(module.layers[-1].named_modules()) | dict(module.named_modules())
     names = {name for name, layer in layers.items() if name and "weight" in layer}
     unknown = [key for key in options.keys or () if key not in names]

@@ -23,6 +23,7 @@ from true_kd.backend import device_name
 from true_kd.errors import ModelError
 from true_kd.files import digest_file, digest_json
 from true_kd.options import Options
+from true_kd.suggest import quote
 
 
 class ModelOptions(Options):
@@ -32,26 +33,38 @@ class ModelOptions(Options):
     """A hub id, a local folder, or an embedded model such as `pocket:teacher`."""
     revision: str | None = None
     """A branch, tag or commit of the hub repository."""
-    dequantize: Literal["auto", "yes", "no"] = "auto"
+    dequantize: Literal["auto", "always", "never"] = "auto"
     """Unpack quantised weights on load. `auto` does so on a CPU, where 4-bit arithmetic is some 35 times slower."""
 
 
-@dataclass
-class LanguageModel:
-    """An opened model with its tokenizer."""
+@dataclass(frozen=True)
+class ModelTokenizer:
+    """How a model reads and writes text; open without its weights."""
 
-    module: nn.Module
-    tokenizer: Any
     name: str
+    tokenizer: Any
+    """mlx-lm's wrapper of the tokenizer."""
+    size: int
+    """Rows of the output head, padding included."""
     digest: str
     """See `ModelFiles.digest`."""
-    vocab_size: int
-    """Rows of the output head, padding included."""
+
+    @property
+    def ids(self) -> dict[str, int]:
+        """Token text, as the tokenizer spells it, to id."""
+        return dict(self.tokenizer.get_vocab())
 
     @property
     def stop_ids(self) -> list[int]:
         """Token ids that end a reply."""
         return sorted(self.tokenizer.eos_token_ids)
+
+
+@dataclass(frozen=True)
+class LanguageModel(ModelTokenizer):
+    """An opened model with its tokenizer."""
+
+    module: nn.Module
 
 
 def locate(options: ModelOptions, seam: str) -> Path:
@@ -62,15 +75,15 @@ def locate(options: ModelOptions, seam: str) -> Path:
     ModelError
         when there is no such folder or repository, or the hub cannot be reached; `seam` (teacher, student) names it.
     """
-    path = pocket.locate(options.model)
+    path = pocket.locate(options.model, seam)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelError(f"{seam} {options.model}: no config.json in this folder, expected an mlx-lm model.")
+            raise ModelError(f"{seam} {quote(options.model)}: no config.json in this folder, expected an mlx-lm model.")
         return path
     looks_local = options.model.startswith((".", "/", "~", pocket.PREFIX)) or options.model.count("/") != 1
     if looks_local or path.exists():
         raise ModelError(
-            f"{seam} {options.model}: no such folder, expected an mlx-lm model folder or a hub id like "
+            f"{seam} {quote(options.model)}: no such folder, expected an mlx-lm model folder or a hub id like "
             "mlx-community/Qwen2.5-3B-Instruct-4bit. Check the path."
         )
     return _download(options, seam)
@@ -85,13 +98,13 @@ def _download(options: ModelOptions, seam: str) -> Path:
         return Path(snapshot_download(options.model, revision=options.revision, allow_patterns=patterns))
     except LocalEntryNotFoundError as error:
         raise ModelError(
-            f"{seam} {options.model}: not in the local hub cache, and the hub cannot be reached. "
+            f"{seam} {quote(options.model)}: not in the local hub cache, and the hub cannot be reached. "
             "Go online once, or give a local folder."
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"{seam} {options.model}: the hub refused it ({reason}). Check the id and the revision; for a gated "
+            f"{seam} {quote(options.model)}: the hub refused it ({reason}). Check the id and the revision; for a gated "
             "model, run `hf auth login`."
         ) from error
 
@@ -119,11 +132,19 @@ def describe(options: ModelOptions, seam: str) -> ModelFiles:
     path = locate(options, seam)
     weights = sorted(path.glob("model*.safetensors"))
     if not weights:
-        raise ModelError(f"{seam} {options.model}: no model*.safetensors in {path}, expected safetensors weights.")
+        raise ModelError(
+            f"{seam} {quote(options.model)}: no model*.safetensors in {path}, expected safetensors weights."
+        )
+    if not any((path / name).is_file() for name in _TOKENIZERS):
+        raise ModelError(
+            f"{seam} {quote(options.model)}: no tokenizer in {path}, expected one of {', '.join(_TOKENIZERS)}."
+        )
     texts = [path / name for name in _TEXT_FILES if (path / name).is_file()]
     digests = {file.name: _content_digest(file) for file in [*texts, *weights]}
     return ModelFiles(path, weights, digest_json(digests), sum(file.stat().st_size for file in weights))
 
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model")
 
 _TEXT_FILES = (
     "config.json",
@@ -148,55 +169,52 @@ def _content_digest(file: Path) -> str:
     return digest_file(file)
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """What token ids mean to a model."""
+def open_tokenizer(options: ModelOptions, seam: str) -> ModelTokenizer:
+    """Open a model's tokenizer without its weights.
 
-    ids: dict[str, int]
-    """Token text, as the tokenizer spells it, to id."""
-    size: int
-    """Rows of the output head, padding included."""
-
-
-def open_tokenizer(options: ModelOptions, seam: str) -> Tokens:
-    """Read a model's vocabulary without opening its weights."""
-    path = locate(options, seam)
+    Raises
+    ------
+    ModelError
+        when there is no such model, or its tokenizer cannot be loaded without running code from its folder.
+    """
+    files = describe(options, seam)
+    utils = _mlx_lm_utils()
     with _loading(options, seam):
-        utils = _mlx_lm_utils()
-        config = utils.load_config(path)
-        tokenizer = utils.load_tokenizer(path, {"trust_remote_code": False})
-        return Tokens(dict(tokenizer.get_vocab()), _vocab_size(config))
+        config = utils.load_config(files.path)
+        tokenizer = utils.load_tokenizer(
+            files.path, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id", None)
+        )
+        size = int(config.get("vocab_size") or config["text_config"]["vocab_size"])
+    return ModelTokenizer(options.model, tokenizer, size, files.digest)
 
 
 def open_model(options: ModelOptions, seam: str) -> LanguageModel:
-    """Load a model and its tokenizer, in evaluation mode; float32 on a CPU, as stored elsewhere.
+    """Open a model and its tokenizer, in evaluation mode; float32 on a CPU, as stored elsewhere.
 
     Raises
     ------
     ModelError
         when the folder does not hold a model that mlx-lm can load without running code from it.
     """
-    files = describe(options, seam)
+    text = open_tokenizer(options, seam)
     utils = _mlx_lm_utils()
     with _loading(options, seam):
-        module, config = utils.load_model(files.path, trust_remote_code=False)
-        tokenizer = utils.load_tokenizer(
-            files.path, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id", None)
-        )
+        module, config = utils.load_model(locate(options, seam), trust_remote_code=False)
     on_cpu = device_name() == "cpu"
-    if "quantization" in config and (options.dequantize == "yes" or (options.dequantize == "auto" and on_cpu)):
+    if "quantization" in config and (options.dequantize == "always" or (options.dequantize == "auto" and on_cpu)):
         module = utils.dequantize_model(module)
     if on_cpu:
         module.set_dtype(mx.float32)
     module.eval()
     mx.eval(module.parameters())
-    return LanguageModel(
-        module=module,
-        tokenizer=tokenizer,
-        name=options.model,
-        digest=files.digest,
-        vocab_size=_vocab_size(config),
-    )
+    return LanguageModel(text.name, text.tokenizer, text.size, text.digest, module)
+
+
+def open_skeleton(options: ModelOptions, seam: str) -> nn.Module:
+    """A model whose weights are not read: its layers and their names."""
+    with _loading(options, seam):
+        module, _ = _mlx_lm_utils().load_model(locate(options, seam), lazy=True, trust_remote_code=False)
+    return module
 
 
 @contextlib.contextmanager
@@ -204,12 +222,10 @@ def _loading(options: ModelOptions, seam: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, TypeError, RuntimeError, OSError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ModelError(f"{seam} {options.model}: mlx-lm cannot load it ({reason}). Choose another model.") from error
-
-
-def _vocab_size(config: dict[str, Any]) -> int:
-    return int(config.get("vocab_size") or config["text_config"]["vocab_size"])
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ModelError(
+            f"{seam} {quote(options.model)}: mlx-lm cannot load it ({reason}). Choose another model."
+        ) from error
 
 
 def release_memory() -> None:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from true_kd.files import expand
+
 _FOLDER = Path(__file__).parent
 PREFIX = "pocket:"
 BASE = "pocket:configs/base.yaml"
 """The config of `true-kd demo`."""
 
 
-def locate(name: str) -> Path:
-    """The path behind `name`: inside this package for `pocket:teacher` and the like, else `name` as it stands."""
+def locate(name: str, what: str) -> Path:
+    """The path behind `name`: inside this package for `pocket:teacher` and the like, else `name` as it stands.
+
+    `what` names the setting in messages.
+    """
     if name.startswith(PREFIX):
-        return _FOLDER / name.removeprefix(PREFIX)
-    return Path(name).expanduser()
+        return expand(str(_FOLDER / name.removeprefix(PREFIX)), what)
+    return expand(name, what)
