@@ -8,8 +8,6 @@ bytes: BLAS runs on one thread, and every random draw has its own seeded generat
 """
 
 import argparse
-import ctypes
-import ctypes.util
 import json
 import os
 import random
@@ -23,9 +21,7 @@ import pocket_tasks
 from pocket_tasks import DOMAINS, Task
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-if (openblas := ctypes.util.find_library("openblas")) is not None:
-    # MLX's Linux wheel carries a reference BLAS, 30 times slower; whatever is global before its import wins.
-    ctypes.CDLL(openblas, mode=ctypes.RTLD_GLOBAL)
+import true_kd  # noqa: F401  (before mlx: it loads a fast BLAS)
 
 import mlx.core as mx
 import mlx.nn as nn

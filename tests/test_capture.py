@@ -244,6 +244,15 @@ def test_another_teacher_or_other_stop_tokens_change_the_identity(
     assert len({teacher_identity(model, SAMPLED, TARGETS).key for model in (teacher, student, terse)}) == 3
 
 
+@pytest.mark.parametrize("change", [{"sampling_temperature": 1e-4}, {"top_p": 1e-4}], ids=lambda change: str(*change))
+def test_sampling_without_freedom_takes_the_most_likely_token(
+    terse: LanguageModel, tmp_path: Path, change: dict
+) -> None:
+    greedy, _, _ = ask(terse, ASKED, tmp_path)
+    bound, _, _ = ask(terse, ASKED, tmp_path, SAMPLED.model_copy(update=change))
+    assert [reply.tokens.tolist() for reply in bound] == [reply.tokens.tolist() for reply in greedy]
+
+
 def test_another_capture_seed_gives_other_samples(terse: LanguageModel, tmp_path: Path) -> None:
     one, _, _ = ask(terse, ASKED, tmp_path, SAMPLED)
     other, _, _ = ask(terse, ASKED, tmp_path, SAMPLED.model_copy(update={"seed": 1}))

@@ -12,7 +12,7 @@ import true_kd
 from true_kd import KDConfig, KDResult, TrueKnowledgeDistiller
 from true_kd.config import RunConfig
 from true_kd.distiller import DistillationFailed
-from true_kd.errors import ConfigError, InputError, ModelError, PromptError, TrueKDError
+from true_kd.errors import ConfigError, InputError, PromptError, TrueKDError
 
 STRINGS = [f"say hello to {count} cats" for count in range(4)]
 RECORDS = [{"prompt": prompt, "completion": "the cat sat"} for prompt in STRINGS]
@@ -97,9 +97,9 @@ def test_the_models_of_the_config_are_taken_where_none_are_named(
 
 
 def test_the_configs_other_settings_of_a_model_are_kept() -> None:
-    config = KDConfig(student={"model": "some/student", "dequantize": "no"})
+    config = KDConfig(student={"model": "some/student", "dequantize": "never"})
     found = TrueKnowledgeDistiller(student_model_id="another/student", config=config).config.student
-    assert (found.model, found.dequantize) == ("another/student", "no")
+    assert (found.model, found.dequantize) == ("another/student", "never")
 
 
 def test_a_domain_that_fails_raises_its_own_error(distiller: TrueKnowledgeDistiller) -> None:
@@ -114,7 +114,7 @@ def test_a_domain_cannot_lie_elsewhere(distiller: TrueKnowledgeDistiller, name: 
 
 
 def test_a_missing_model_is_an_error(config: KDConfig) -> None:
-    with pytest.raises(ModelError, match="teacher"):
+    with pytest.raises(TrueKDError, match=r"teacher './nowhere'"):
         TrueKnowledgeDistiller("./nowhere", "./nowhere either", config).distill_domain("greetings", STRINGS)
 
 
@@ -203,10 +203,10 @@ def test_a_domain_with_bad_prompts_leaves_the_others_done(distiller: TrueKnowled
     assert isinstance(failed.value.failures["bad"], PromptError)
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="pipeline.distill takes its output folder from the first job")
+@pytest.mark.xfail(strict=True, reason="distill_all of nothing raises a DomainsRefused whose message is empty")
 @pytest.mark.parametrize("domains", [{}, []])
 def test_no_domains_at_all_are_an_error_in_words(distiller: TrueKnowledgeDistiller, domains: Any) -> None:
-    with pytest.raises(InputError, match="domain"):
+    with pytest.raises(TrueKDError, match="domain"):
         distiller.distill_all(domains)
 
 

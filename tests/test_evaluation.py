@@ -31,7 +31,11 @@ ASKED = [
 @pytest.fixture
 def examples(teacher: LanguageModel, tmp_path: Path) -> list[Example]:
     """What the teacher says to some prompts, every id of its distribution kept exactly."""
-    options, targets = CaptureOptions(max_tokens=6), TargetOptions(threshold=1e-9, max_draws=1)
+    return captured(teacher, TargetOptions(threshold=1e-9, max_draws=1), tmp_path)
+
+
+def captured(teacher: LanguageModel, targets: TargetOptions, tmp_path: Path) -> list[Example]:
+    options = CaptureOptions(max_tokens=6)
     cache = TargetCache(tmp_path / "targets", teacher_identity(teacher, options, targets))
     asked = render_for(teacher, ASKED)
     list(capture(teacher, asked, cache, options, targets))
@@ -65,6 +69,15 @@ def test_a_teacher_agrees_with_itself(teacher: LanguageModel, examples: list[Exa
     assert abs(metrics.kl) < 2e-3, "float16 log-probabilities"
     assert abs(metrics.kd) < 8e-3, "four times that"
     assert metrics.top1_agreement == 1.0
+
+
+def test_a_teacher_agrees_with_itself_on_sparse_targets(teacher: LanguageModel, tmp_path: Path) -> None:
+    sparse = captured(teacher, TargetOptions(), tmp_path)
+    kept = [np.diff(example.targets.offsets) for example in sparse]
+    assert len(set(np.concatenate(kept).tolist())) > 1, "rows of one length show no padding"
+    metrics = evaluate(teacher.module, sparse, LOSSES, batch_size=3)
+    assert metrics.top1_agreement == 1.0
+    assert abs(metrics.kl) < 2e-3
 
 
 def test_divergences_are_those_of_the_dense_distributions(
@@ -176,7 +189,7 @@ def test_a_given_completion_does_not_help_the_model(student: LanguageModel) -> N
 
 def test_replies_are_scored_without_their_stop_token(student: LanguageModel) -> None:
     prompts = from_records([{"prompt": "2 + 2", "answer": "4"}, {"prompt": "2 + 3", "answer": "5"}])
-    replies = [student.tokenizer.encode("well, answer: 4") + [1], student.tokenizer.encode("answer: 4")]
+    replies = [[*student.tokenizer.encode("well, answer: 4"), 1], student.tokenizer.encode("answer: 4")]
     assert score_answers(prompts, replies, student, EVALUATION) == 0.5
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -28,6 +30,7 @@ from true_kd.models import (
     split_head,
     trainable,
 )
+from true_kd.suggest import quote
 
 SIZES = {
     "hidden_size": 32,
@@ -188,7 +191,6 @@ def test_layers_are_counted_from_the_last(student: LanguageModel, count: int) ->
     assert blocks == set(range(2)[-count:])
 
 
-@pytest.mark.xfail(strict=True, reason="num_layers=0 adapts every layer, as mlx-lm reads it; the option allows it")
 def test_no_layers_does_not_mean_all_layers() -> None:
     with pytest.raises(ValueError, match="num_layers"):
         LoraOptions(num_layers=0)
@@ -202,7 +204,6 @@ def test_keys_that_no_layer_bears_are_refused_with_those_there_are(student: Lang
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.xfail(strict=True, reason="add_lora only refuses when no key at all matches; a mistyped one is dropped")
 def test_one_mistyped_key_among_right_ones_is_refused(student: LanguageModel) -> None:
     with pytest.raises(InputError, match="q_prj"):
         add_lora(student.module, LoraOptions(keys=("self_attn.v_proj", "self_attn.q_prj")))
@@ -223,7 +224,7 @@ def refusal_of(name: object, seam: str = "teacher", **options: object) -> str:
         open_model(chosen, seam)
     text = str(refused.value)
     assert "\n" not in text
-    assert text.startswith(f"{seam} {name}: ")
+    assert text.startswith(f"{seam} {quote(str(name))}: ")
     return text
 
 
@@ -296,7 +297,9 @@ def test_code_beside_the_weights_is_never_run(student_folder: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("opening", [open_model, open_tokenizer])
-def test_the_code_of_a_tokenizer_is_never_run(student_folder: Path, tmp_path: Path, opening) -> None:
+def test_the_code_of_a_tokenizer_is_never_run(
+    student_folder: Path, tmp_path: Path, opening: Callable[..., object]
+) -> None:
     folder = copy_model(
         student_folder, tmp_path / "model", auto_map={"AutoTokenizer": ["evil.Model", None], "AutoConfig": "evil.Model"}
     )
@@ -305,10 +308,8 @@ def test_the_code_of_a_tokenizer_is_never_run(student_folder: Path, tmp_path: Pa
     settings |= {"tokenizer_class": "Model", "auto_map": {"AutoTokenizer": ["evil.Model", None]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     # Refused, or opened as what its files say without that code: either will do.
-    try:
+    with contextlib.suppress(ModelError):
         opening(ModelOptions(model=str(folder)), "teacher")
-    except ModelError as refusal:
-        assert "\n" not in str(refusal)
     assert not trace.exists()
 
 
@@ -326,7 +327,7 @@ print(resource.getrlimit(resource.RLIMIT_NOFILE))
 
 
 def test_an_opened_model_is_ready_to_be_asked(student: LanguageModel, student_folder: Path) -> None:
-    assert student.vocab_size == 320
+    assert student.size == 320
     assert student.stop_ids == [1]
     assert student.name == str(student_folder)
     assert not student.module.training
@@ -363,7 +364,7 @@ def is_quantised(module: nn.Module) -> bool:
 
 
 def test_quantised_weights_are_unpacked_when_asked(quantised_folder: Path) -> None:
-    packed, unpacked = (open_quantised(quantised_folder, choice).module for choice in ("no", "yes"))
+    packed, unpacked = (open_quantised(quantised_folder, choice).module for choice in ("never", "always"))
     assert is_quantised(packed)
     assert not is_quantised(unpacked)
     assert mx.allclose(logits_of(packed), logits_of(unpacked), rtol=1e-3, atol=1e-3)
@@ -374,11 +375,11 @@ def test_quantised_weights_are_unpacked_by_default_on_a_cpu_only(quantised_folde
 
 
 def test_quantised_weights_count_unpacked(quantised_folder: Path, student: LanguageModel) -> None:
-    counts = {parameter_count(open_quantised(quantised_folder, choice).module) for choice in ("no", "yes")}
+    counts = {parameter_count(open_quantised(quantised_folder, choice).module) for choice in ("never", "always")}
     assert counts == {parameter_count(student.module)}
 
 
-@pytest.mark.parametrize("choice", ["no", "yes"])
+@pytest.mark.parametrize("choice", ["never", "always"])
 def test_the_head_comes_off_a_quantised_model(quantised_folder: Path, choice: str) -> None:
     module = open_quantised(quantised_folder, choice).module
     split = split_head(module)
@@ -409,12 +410,7 @@ def test_the_digest_is_that_of_the_opened_model(student_folder: Path, student: L
         "tokenizer.json",
         "tokenizer_config.json",
         "chat_template.jinja",
-        pytest.param(
-            "generation_config.json",
-            marks=pytest.mark.xfail(
-                strict=True, reason="mlx-lm takes the stop tokens from this file; models._TEXT_FILES leaves it out"
-            ),
-        ),
+        "generation_config.json",
     ],
 )
 def test_the_digest_changes_with_one_byte_of(student_folder: Path, tmp_path: Path, file: str) -> None:

@@ -102,6 +102,13 @@ SHORT_NAMES: Mapping[str, KeyPath] = {
     "fresh": ("fresh",),
 }
 
+# Keys that people write and no config has: short names without their group, and lora_alpha of other tools.
+_MEANT: Mapping[KeyPath, str] = {
+    **{(name,): f"did you mean '{dotted(path)}'?" for name, path in SHORT_NAMES.items() if path != (name,)},
+    ("lora", "alpha"): "did you mean 'scale'? scale = alpha / rank.",
+    ("lora", "lora_alpha"): "did you mean 'scale'? scale = lora_alpha / rank.",
+}
+
 
 @cache
 def describe_key(path: KeyPath) -> str:
@@ -137,7 +144,7 @@ class KDConfig(RunConfig):
                 _merge(nested, _by_name({name: value}, nested))
             else:
                 _put(nested, path, value)
-        checked = validate(RunConfig, nested, lambda _: "KDConfig")
+        checked = validate(RunConfig, nested, lambda _: "KDConfig", _MEANT)
         super().__init__(**{name: getattr(checked, name) for name in checked.model_fields_set})
 
 
@@ -185,7 +192,7 @@ def load_config(base: Path | None, domain: str | None, overrides: Sequence[Overr
                     return f"{layer.name}:{layer.line(path[:length])}"
         return layers[0].name
 
-    return validate(RunConfig, merged, where)
+    return validate(RunConfig, merged, where, _MEANT)
 
 
 def base_path(base: Path | None) -> Path:
@@ -197,7 +204,7 @@ class NoConfigs(ConfigError):
     """There is no base file where one is expected."""
 
     def __init__(self, path: Path, given: bool) -> None:
-        found = "not a file" if path.exists() else "no such file"
+        found = "a folder" if path.is_dir() else "not a file" if path.exists() else "no such file"
         if given:
             line = f"--config {quote(str(path))}: {found}, expected a YAML file such as configs/base.yaml."
         else:

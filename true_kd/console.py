@@ -130,6 +130,8 @@ class LiveView(LineView):
             TimeRemainingColumn(compact=True),
             console=console,
             transient=True,
+            # rich would move stderr over to stdout, out of the file that the user sent it to.
+            redirect_stderr=sys.stderr.isatty(),
         )
         self._task: TaskID | None = None
         self._stage = ""

@@ -125,7 +125,7 @@ def _identify(jobs: Sequence[Job], failures: Mapping[str, TrueKDError]) -> tuple
 @contextlib.contextmanager
 def _hold(out: Path) -> Iterator[None]:
     """The lock on an output folder: two runs never write one."""
-    if out.exists() and not out.is_dir():
+    if any(path.exists() and not path.is_dir() for path in (out, *out.parents)):
         raise InputError(f"--out {quote(str(out))}: a file is in the way, expected a folder. Choose another name.")
     make_folder(out)
     lock = FileLock(out / ".lock", timeout=0)
@@ -173,7 +173,7 @@ def _capture_all(group: Sequence[Job], ledger: _Ledger) -> Generator[events.Even
         try:
             job.targets = yield from _capture(job, teacher)
             captured.append(job)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a domain fails alone, be it by a bug
             yield ledger.failed(job.domain, error)
     if teacher.close():
         yield events.TeacherFreed(mx.get_active_memory())
@@ -238,6 +238,6 @@ def _train_isolated(job: Job, ledger: _Ledger) -> Iterator[events.Event]:
     try:
         result = yield from distill_student(job)
         yield ledger.finished(result)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - a domain fails alone, be it by a bug
         yield ledger.failed(job.domain, error)
     release_memory()

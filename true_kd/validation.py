@@ -26,11 +26,17 @@ Model = TypeVar("Model", bound=pydantic.BaseModel)
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
-def validate(model_cls: type[Model], data: Mapping[str, Any], where: Callable[[KeyPath], str]) -> Model:
+def validate(
+    model_cls: type[Model],
+    data: Mapping[str, Any],
+    where: Callable[[KeyPath], str],
+    meant: Mapping[KeyPath, str] | None = None,
+) -> Model:
     """The model that `data` describes.
 
-    `where` gives the place of a key for messages: "configs/math.yaml:12", "--set" or "--temperature". Raises
-    `ConfigError` with one line "place key.path: found, expected. Fix." per problem.
+    `where` gives the place of a key for messages: "configs/math.yaml:12", "--set" or "--temperature"; `meant` what to
+    say of keys that are no keys but often written. Raises `ConfigError` with one line "place key.path: found,
+    expected. Fix." per problem.
     """
     problems = [f"{where(path)} {_named(path)}{fault}" for path, fault in _not_plain(data, ())]
     if problems:
@@ -38,7 +44,7 @@ def validate(model_cls: type[Model], data: Mapping[str, Any], where: Callable[[K
     try:
         return model_cls.model_validate_json(pydantic_core.to_json(data), strict=True)
     except pydantic.ValidationError as error:
-        faults = _sentences(model_cls, data, error)
+        faults = _sentences(model_cls, data, error, meant or {})
         raise ConfigError([f"{where(path)} {_named(path)}{fault}" for path, fault in faults]) from error
 
 
@@ -94,13 +100,16 @@ def _not_plain(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
 
 
 def _sentences(
-    model_cls: type[pydantic.BaseModel], data: Mapping[str, Any], error: pydantic.ValidationError
+    model_cls: type[pydantic.BaseModel],
+    data: Mapping[str, Any],
+    error: pydantic.ValidationError,
+    meant: Mapping[KeyPath, str],
 ) -> list[tuple[KeyPath, str]]:
     """One fault per path: a value that fits no member of a union is reported once, with all that it could be."""
     found: dict[KeyPath, list[_Fault]] = {}
     for entry in error.errors(include_url=False):
         path = _real_path(data, entry["loc"], entry["type"])
-        found.setdefault(path, []).append(_fault(model_cls, data, path, entry))
+        found.setdefault(path, []).append(_fault(model_cls, data, path, entry, meant))
     return [(path, _sentence(faults)) for path, faults in found.items()]
 
 
@@ -170,7 +179,11 @@ _KINDS = {
 
 
 def _fault(
-    model_cls: type[pydantic.BaseModel], data: Mapping[str, Any], path: KeyPath, entry: Mapping[str, Any]
+    model_cls: type[pydantic.BaseModel],
+    data: Mapping[str, Any],
+    path: KeyPath,
+    entry: Mapping[str, Any],
+    meant: Mapping[KeyPath, str],
 ) -> _Fault:
     """Our words for one error of pydantic, by its type (https://docs.pydantic.dev/latest/errors/validation_errors)."""
     kind: str = entry["type"]
@@ -178,7 +191,7 @@ def _fault(
     context: Mapping[str, Any] = entry.get("ctx", {})
     found = _show(value)
     if kind == "extra_forbidden":
-        return _Fault(whole=f"unknown key{_suggestion(model_cls, data, path)}")
+        return _Fault(whole=f"unknown key{_suggestion(model_cls, data, path, meant)}")
     if kind == "missing":
         return _Fault(whole="missing, expected a value. Add it.")
     if kind in _BOUNDS:
@@ -239,13 +252,20 @@ def _bound(value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() and value < 1e15 else str(value)
 
 
-def _suggestion(model_cls: type[pydantic.BaseModel], data: Mapping[str, Any], path: KeyPath) -> str:
+def _suggestion(
+    model_cls: type[pydantic.BaseModel], data: Mapping[str, Any], path: KeyPath, meant: Mapping[KeyPath, str]
+) -> str:
     """What was meant by the unknown key at the end of `path`: a sibling, else a key elsewhere in the tree."""
+    if path in meant:
+        return f"; {meant[path]}"
     key = str(path[-1])
     siblings = sorted({name for model in _models_at(model_cls, data, path[:-1]) for name in _fields(model)})
     hint = did_you_mean(key, siblings)
     if hint:
         return hint
+    misnomer = nearest(key, (str(known[-1]) for known in meant if known[:-1] == path[:-1]))
+    if misnomer is not None:
+        return f"; {meant[*path[:-1], misnomer]}"
     elsewhere: dict[str, str] = {}
     for full in _key_paths(model_cls):
         elsewhere.setdefault(full.rpartition(".")[2], full)
