@@ -23,6 +23,7 @@ from pocket_tasks import DOMAINS, Task
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import true_kd  # noqa: F401  (before mlx: it loads a fast BLAS)
 
+# isort: split
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
