@@ -192,11 +192,6 @@ def test_a_soft_capped_teacher_is_scored_as_it_speaks(soft_capped: LanguageModel
     assert_targets_are_forced(soft_capped, [*ASKED[:3], *GIVEN], tmp_path / "cache", one_by_one)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="mlx-lm's gemma2 broadcasts the mask of a padded batch along the heads: wrong where the batch is as large "
-    "as num_key_value_heads, a ValueError elsewhere",
-)
 @pytest.mark.parametrize("batch_size", [2, 3])
 def test_a_soft_capped_teacher_is_scored_as_it_speaks_in_batches(
     soft_capped: LanguageModel, tmp_path: Path, batch_size: int

@@ -125,25 +125,9 @@ def test_a_missing_model_is_an_error(config: KDConfig) -> None:
         (["one"], "two or more"),
         ([""], r"train_prompts\[0\]"),
         ([{"promt": "hi"}, {"prompt": "hi"}], r"train_prompts\[0\].*prompt"),
-        pytest.param(
-            "hello",
-            "expected a list",
-            marks=pytest.mark.xfail(strict=True, reason="distiller._read makes a prompt of each letter of a string"),
-        ),
-        pytest.param(
-            ["hello", {"prompt": "hi"}],
-            r"train_prompts\[\d\]",
-            marks=pytest.mark.xfail(
-                strict=True, raises=ValueError, reason="distiller._read calls dict() on a string among records"
-            ),
-        ),
-        pytest.param(
-            [3, 4],
-            r"train_prompts\[0\]",
-            marks=pytest.mark.xfail(
-                strict=True, raises=TypeError, reason="distiller._read calls dict() on whatever is given"
-            ),
-        ),
+        pytest.param("hello", "expected a list"),
+        pytest.param(["hello", {"prompt": "hi"}], r"train_prompts\[\d\]"),
+        pytest.param([3, 4], r"train_prompts\[0\]"),
     ],
     ids=["none", "one", "an empty string", "unknown key", "a string", "a mixture", "numbers"],
 )
@@ -193,9 +177,6 @@ def test_a_failing_domain_leaves_the_others_done(distiller: TrueKnowledgeDistill
     assert isinstance(failed.value, TrueKDError)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=PromptError, reason="distill_all reads all prompts first and stops at the first that are bad"
-)
 def test_a_domain_with_bad_prompts_leaves_the_others_done(distiller: TrueKnowledgeDistiller) -> None:
     with pytest.raises(DistillationFailed) as failed:
         distiller.distill_all({"bad": [""], "good": STRINGS})
@@ -203,7 +184,6 @@ def test_a_domain_with_bad_prompts_leaves_the_others_done(distiller: TrueKnowled
     assert isinstance(failed.value.failures["bad"], PromptError)
 
 
-@pytest.mark.xfail(strict=True, reason="distill_all of nothing raises a DomainsRefused whose message is empty")
 @pytest.mark.parametrize("domains", [{}, []])
 def test_no_domains_at_all_are_an_error_in_words(distiller: TrueKnowledgeDistiller, domains: Any) -> None:
     with pytest.raises(TrueKDError, match="domain"):

@@ -16,13 +16,15 @@ from conftest import TEMPLATE, save_random_model
 
 from true_kd import events
 from true_kd.adapters import load_adapter
+from true_kd.capture import render_for
 from true_kd.config import Override
 from true_kd.datasets import build_data
 from true_kd.errors import InputError, LockedError, ModelError, NonFiniteLossError, PromptError, VocabularyError
-from true_kd.evaluation import evaluate
-from true_kd.jobs import DomainsRefused, plan
-from true_kd.models import ModelOptions, open_model
+from true_kd.evaluation import EvaluationOptions, evaluate, extract_answer
+from true_kd.jobs import plan
+from true_kd.models import ModelOptions, SamplingOptions, generate_replies, open_model
 from true_kd.pipeline import distill
+from true_kd.prompts import from_strings
 from true_kd.reporting import KDResult
 
 WEIGHTS = "adapters.safetensors"
@@ -245,12 +247,16 @@ def test_run_json_is_a_config_that_reproduces_the_run(place: Place) -> None:
     assert (Path(elsewhere) / "a" / WEIGHTS).read_bytes() == place.weights()
 
 
-def test_the_weights_kept_are_the_best_by_validation(place: Place) -> None:
-    # The more it learns this one reply, the worse it is at another.
-    place.write("a", SCORED, [{"prompt": "hi", "completion": "said hello to the world"}])
+def worse_and_worse(place: Place, **valid: str) -> Run:
+    """A run whose last step is not its best: the more it learns one reply, the worse it is at another."""
+    place.write("a", SCORED, [{"prompt": "hi", "completion": "said hello to the world", **valid}])
     place.config["losses"] = {"alpha": 0.0}
     place.config["training"] = {"validate_every": 1, "checkpoint_every": 1, "iters": 8, "learning_rate": 0.03}
-    run = place.run("a")
+    return place.run("a")
+
+
+def test_the_weights_kept_are_the_best_by_validation(place: Place) -> None:
+    run = worse_and_worse(place)
     result = run.results["a"]
     losses = {validation.iteration: validation.metrics.loss for validation in result.validations[1:]}
     best = min(losses, key=losses.get)
@@ -259,6 +265,25 @@ def test_the_weights_kept_are_the_best_by_validation(place: Place) -> None:
     assert result.after.loss == losses[best]
     assert place.weights() == (place.out / "a" / f"checkpoint_{best}" / WEIGHTS).read_bytes()
     assert place.weights() != (place.out / "a" / "checkpoint_8" / WEIGHTS).read_bytes()
+
+
+def test_answers_are_compared_with_the_weights_that_are_kept(place: Place, student_folder: Path) -> None:
+    worse_and_worse(place)
+    best, last = (written_with(place.out / "a" / folder, student_folder) for folder in ("", "checkpoint_8"))
+    assert best != last, "the best and the last adapter no longer answer differently"
+    assert worse_and_worse(place, answer=best).results["a"].exact_match.adapted == 1.0
+    assert worse_and_worse(place, answer=last).results["a"].exact_match.adapted == 0.0
+
+
+def written_with(adapter: Path, student_folder: Path) -> str:
+    """What the adapted student answers to `hi`, taking the most likely token each time."""
+    student = open_model(ModelOptions(model=str(student_folder)), "student")
+    load_adapter(student.module, adapter)
+    [asked] = render_for(student, from_strings(["hi"]))
+    greedy = SamplingOptions(sampling_temperature=0.0, max_tokens=4)
+    *_, (_, [reply]) = generate_replies(student, [asked.rendered.prompt], greedy, [0])
+    text = student.tokenizer.decode([token for token in reply.tokens if token not in student.stop_ids])
+    return extract_answer(text, EvaluationOptions())
 
 
 def test_the_adapter_on_disk_measures_as_the_result_says(place: Place, student_folder: Path) -> None:
@@ -496,7 +521,7 @@ def test_a_model_of_one_domain_that_is_missing_fails_it_alone(place: Place) -> N
 
 def test_a_missing_model_stops_the_run_before_any_work(place: Place) -> None:
     place.config["student"] = "./nowhere"
-    with pytest.raises(DomainsRefused, match=r"student './nowhere'"):
+    with pytest.raises(ModelError, match=r"student './nowhere'"):
         place.run("a")
     assert not (place.root / "cache").exists()
 
@@ -625,7 +650,7 @@ def test_another_vocabulary_of_equal_size_is_refused_before_any_capture(
     differing = len(ours.items() - theirs.items())
     assert 0 < differing < len(ours)
     seen = []
-    with pytest.raises(DomainsRefused, match=rf"\b{differing} of {len(ours)} common ids"):
+    with pytest.raises(VocabularyError, match=rf"\b{differing} of {len(ours)} common ids"):
         seen.extend(place.start("a"))
     assert seen == []
     assert not (place.root / "cache").exists()
@@ -654,7 +679,7 @@ def permuted_teacher(tmp_path: Path, teacher_folder: Path) -> Path:
 
 def test_a_permuted_vocabulary_is_refused_unless_it_is_projected(place: Place, permuted_teacher: Path) -> None:
     place.config["teacher"] = str(permuted_teacher)
-    with pytest.raises(DomainsRefused, match="--vocab-strategy project"):
+    with pytest.raises(VocabularyError, match="--vocab-strategy project"):
         place.run("a")
 
 
@@ -781,7 +806,7 @@ def test_a_folder_is_free_after_a_run(place: Place, end: str) -> None:
         next(running)
         running.close()
     else:
-        with pytest.raises(DomainsRefused):
+        with pytest.raises(ModelError):
             place.run("a", teacher__model="./nowhere")
     assert place.run("a").failures == {}
 

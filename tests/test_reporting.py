@@ -126,11 +126,6 @@ def test_a_result_is_void_when_its_adapter_is_gone(tmp_path: Path, file: str) ->
     assert read_result(tmp_path / "a", DIGEST) is None
 
 
-NOT_EXPECTED = pytest.mark.xfail(
-    strict=True, reason="read_result expects curves to be a mapping with a step: AttributeError, or IndexError later"
-)
-
-
 def edited(**changes: Any) -> Callable[[dict[str, Any]], Any]:
     def edit(record: dict[str, Any]) -> Any:
         return {**record, **changes}
@@ -144,8 +139,8 @@ def edited(**changes: Any) -> Callable[[dict[str, Any]], Any]:
         edited(format=reporting.FORMAT + 1),
         edited(result=None),
         edited(result={}),
-        pytest.param(edited(curves=None), marks=NOT_EXPECTED),
-        pytest.param(edited(curves={}), marks=NOT_EXPECTED),
+        pytest.param(edited(curves=None)),
+        pytest.param(edited(curves={})),
         edited(curves={"iteration": [1, 2], "total": [1.0]}),
         edited(curves={"iteration": [1, 2]}),
         lambda record: [],

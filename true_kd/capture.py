@@ -19,6 +19,7 @@ from true_kd.models import (
     LanguageModel,
     ModelTokenizer,
     SamplingOptions,
+    Split,
     generate_replies,
     seed_of,
     split_head,
@@ -88,10 +89,12 @@ def capture(
     total = len({prompt.key for prompt in prompts})
     done, tokens, start = total - len(missing), 0, time.perf_counter()
     todo = list(missing.values())
+    split = split_head(teacher.module)
     yield CaptureProgress(done, total, 0, 0.0)
     for at in range(0, len(todo), options.shard_prompts):
         shard = todo[at : at + options.shard_prompts]
-        replies = {item.key: _score(teacher, item, targets) for item in shard if item.rendered.response is not None}
+        given = [item for item in shard if item.rendered.response is not None]
+        replies = {item.key: _score(split, item, targets) for item in given}
         to_write = [item for item in shard if item.rendered.response is None]
         recorder = _Recorder([item.key for item in to_write], targets)
         seeds = [seed_of(f"{options.seed} {item.key}") for item in to_write]
@@ -144,10 +147,9 @@ class _Recorder:
         return float(self._uniforms[reply][position])
 
 
-def _score(teacher: LanguageModel, item: TeacherPrompt, options: TargetOptions, chunk: int = 256) -> CachedReply:
+def _score(split: Split, item: TeacherPrompt, options: TargetOptions, chunk: int = 256) -> CachedReply:
     """The teacher's distribution along a reply that the data gives."""
     response = item.rendered.response or []
-    split = split_head(teacher.module)
     sequence = mx.array([item.rendered.prompt + response])
     first = len(item.rendered.prompt) - 1
     states = split.body(sequence)[0, first : first + len(response)]

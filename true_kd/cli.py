@@ -32,10 +32,10 @@ def run(arguments: list[str]) -> int:
     Raises
     ------
     KeyboardInterrupt
-        for Ctrl-C, which click turns into an exception of its own.
+        for Ctrl-C, which typer turns into the exit code 130, and click into an exception of its own.
     """
     try:
-        return app(arguments, prog_name="true-kd", standalone_mode=False) or 0
+        code = app(arguments, prog_name="true-kd", standalone_mode=False) or 0
     except typer.Exit as stop:
         return stop.exit_code
     except _UsageProblem as problem:
@@ -44,6 +44,9 @@ def run(arguments: list[str]) -> int:
         return 2
     except typer.Abort as abort:
         raise KeyboardInterrupt from abort
+    if code == 130:
+        raise KeyboardInterrupt
+    return code
 
 
 def _flag(name: str, *spellings: str) -> Any:
@@ -167,7 +170,7 @@ def _distill(config: Path | None, named: list[str], everything: bool, overrides:
     domains = jobs.choose_domains(config, named, everything, overrides)
     planned, failures = jobs.plan(config, domains, overrides)
     if not planned:
-        raise jobs.DomainsRefused(failures)
+        jobs.refuse(failures)
     view = make_view()
     with view:
         for event in pipeline.distill(planned, failures):

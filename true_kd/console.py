@@ -96,6 +96,12 @@ class LineView:
         """Report a domain's end."""
         what = "unchanged since" if result.unchanged else "finished"
         self.say(f"{result.domain}: {what} {result.finished_at}: {result.adapter_path}")
+        if result.after.loss >= result.before.loss:
+            self.say(
+                f"{result.domain}: the adapter brought the student no nearer to the teacher (validation loss "
+                f"{result.before.loss:.4f} before, {result.after.loss:.4f} after). Try a lower learning rate, or more "
+                "and other prompts."
+            )
 
     def failed(self, domain: str, error: Exception, trace: str) -> None:
         """Report a failure on stderr; a bug keeps its traceback."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from true_kd import events, jobs, pipeline, prompts
 from true_kd.config import KDConfig, RunConfig
-from true_kd.errors import TrueKDError
+from true_kd.errors import InputError, TrueKDError
 from true_kd.jobs import Job
 from true_kd.reporting import KDResult
 
@@ -70,7 +70,7 @@ class TrueKnowledgeDistiller:
         TrueKDError
             whatever stopped the domain.
         """
-        results, failures = self._run([self._job(domain, train_prompts, valid_prompts)])
+        results, failures = self._run([self._job(domain, train_prompts, valid_prompts)], {})
         for error in failures.values():
             raise error
         return results[domain]
@@ -92,7 +92,17 @@ class TrueKnowledgeDistiller:
         if domains is None:
             domains = prompts.list_domains(self.config.prompts_folder)
         given = domains if isinstance(domains, Mapping) else dict.fromkeys(domains)
-        results, failures = self._run([self._job(domain, train, None) for domain, train in given.items()])
+        if not given:
+            raise InputError("distill_all: no domain, expected at least one. Name it, or create its folder of prompts.")
+        todo, refused = [], {}
+        for domain, train in given.items():
+            try:
+                todo.append(self._job(domain, train, None))
+            except TrueKDError as error:
+                refused[domain] = error
+        if not todo:
+            jobs.refuse(refused)
+        results, failures = self._run(todo, refused)
         if failures:
             raise DistillationFailed(results, failures)
         return results
@@ -106,14 +116,16 @@ class TrueKnowledgeDistiller:
             return Job(domain, self.config, *jobs.hold_out(read, "train_prompts"))
         return Job(domain, self.config, read, _read(valid, "valid_prompts"))
 
-    def _run(self, todo: Sequence[Job]) -> tuple[dict[str, KDResult], dict[str, Exception]]:
-        for event in pipeline.distill(todo):
+    def _run(
+        self, todo: Sequence[Job], refused: Mapping[str, TrueKDError]
+    ) -> tuple[dict[str, KDResult], dict[str, Exception]]:
+        for event in pipeline.distill(todo, refused):
             if isinstance(event, events.RunFinished):
                 return {result.domain: result for result in event.results}, dict(event.failures)
         raise AssertionError("distill ended without RunFinished")
 
 
 def _read(given: Prompts, name: str) -> list[prompts.Prompt]:
-    if all(isinstance(item, str) for item in given):
-        return prompts.from_strings([str(item) for item in given], name)
-    return prompts.from_records([dict(item) for item in given], name)
+    if isinstance(given, str) or any(isinstance(item, str) for item in given):
+        return prompts.from_strings(given, name)
+    return prompts.from_records(given, name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from true_kd import prompts
 from true_kd.cache import TargetCache
@@ -20,13 +21,20 @@ from true_kd.vocabulary import VocabularyMap
 
 
 class DomainsRefused(TrueKDError):
-    """Nothing of a run can be done: every domain has its error, one line each."""
+    """Nothing of a run can be done, for several reasons; one line each."""
 
     def __init__(self, failures: Mapping[str, TrueKDError]) -> None:
-        lines = dict.fromkeys(str(error) for error in failures.values())
-        super().__init__("\n".join(lines))
+        super().__init__("\n".join(dict.fromkeys(str(error) for error in failures.values())))
         codes = {error.exit_code for error in failures.values()}
         self.exit_code = codes.pop() if len(codes) == 1 else 1
+
+
+def refuse(failures: Mapping[str, TrueKDError]) -> NoReturn:
+    """Raise what stopped every domain: the error itself where it is one and the same."""
+    errors = list(failures.values())
+    if len({str(error) for error in errors}) == 1:
+        raise errors[0]
+    raise DomainsRefused(failures)
 
 
 HELD_OUT = 0.1

@@ -22,7 +22,7 @@ from true_kd.capture import capture, render_for, teacher_identity
 from true_kd.errors import InputError, LockedError, TrueKDError
 from true_kd.evaluation import score_answers
 from true_kd.files import make_folder
-from true_kd.jobs import CapturedTargets, DomainsRefused, Job
+from true_kd.jobs import CapturedTargets, Job, refuse
 from true_kd.models import (
     LanguageModel,
     ModelOptions,
@@ -118,7 +118,7 @@ def _identify(jobs: Sequence[Job], failures: Mapping[str, TrueKDError]) -> tuple
         except TrueKDError as error:
             refused[job.domain] = error
     if not identified:
-        raise DomainsRefused(refused)
+        refuse(refused)
     return identified, refused
 
 

@@ -116,8 +116,10 @@ def read_result(folder: Path, run_digest: str | None = None) -> KDResult | None:
     try:
         columns = record["curves"]
         steps = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        if not steps:
+            return None
         result = TypeAdapter(KDResult).validate_python({**record["result"], "steps": steps})
-    except (ValidationError, KeyError, ValueError, TypeError):
+    except (ValidationError, KeyError, ValueError, TypeError, AttributeError):
         return None
     return replace(result, unchanged=True, adapter_path=str(folder))
 

@@ -15,7 +15,7 @@ from true_kd.errors import NonFiniteLossError
 from true_kd.evaluation import evaluate, exact_match
 from true_kd.files import CannotWrite, write_json
 from true_kd.jobs import Job
-from true_kd.models import LanguageModel, add_lora, open_model, parameter_count, trainable
+from true_kd.models import LanguageModel, add_lora, open_model, parameter_count, release_memory, trainable
 from true_kd.reporting import ExactMatch, KDResult, Validation
 from true_kd.training import NonFinite, StepMetrics, train
 
@@ -46,9 +46,13 @@ def distill_student(job: Job) -> Generator[events.Event, None, KDResult]:
     _begin_folder(job)
     run = yield from _train(job, student, data, clock)
 
-    student.module.load_weights(list(run.best_weights.items()), strict=False)
-    student.module.eval()
-    answers_after = _exact_match(job, student, data)
+    # What is reported is measured on the folder as it was saved, opened anew as its user will.
+    del student
+    release_memory()
+    adapted = open_model(config.student, "student")
+    adapters.load_adapter(adapted.module, job.folder)
+    after = evaluate(adapted.module, data.valid, config.losses, config.training.batch_size)
+    answers_after = _exact_match(job, adapted, data)
     clock.stop("evaluation")
     result = KDResult(
         domain=job.domain,
@@ -57,7 +61,7 @@ def distill_student(job: Job) -> Generator[events.Event, None, KDResult]:
         adapter_path=str(job.folder),
         data=data.counts,
         before=before.metrics,
-        after=run.best.metrics,
+        after=after,
         best_iteration=run.best.iteration,
         exact_match=_compare_answers(job, data, answers_before, answers_after),
         steps=tuple(run.steps),

@@ -45,6 +45,10 @@ class DecodingStep:
     logits: list[mx.array]
 
 
+# mlx-lm's gemma2 spreads the mask of a padded batch along the heads (seen in 0.32.2): wrong logits, or a ValueError.
+_UNBATCHED = ("gemma2",)
+
+
 def generate_replies(
     model: LanguageModel, prompts: Sequence[Sequence[int]], options: SamplingOptions, seeds: Sequence[int]
 ) -> Iterator[tuple[DecodingStep, list[Reply]]]:
@@ -55,11 +59,12 @@ def generate_replies(
     """
     from mlx_lm.generate import BatchGenerator
 
+    width = 1 if getattr(model.module, "model_type", "") in _UNBATCHED else options.batch_size
     generator = BatchGenerator(
         model.module,
         stop_tokens=[[stop] for stop in model.stop_ids],
-        completion_batch_size=options.batch_size,
-        prefill_batch_size=min(options.batch_size, 8),
+        completion_batch_size=width,
+        prefill_batch_size=min(width, 8),
     )
     samplers = [_keyed_sampler(options, seed) for seed in seeds] if options.sampling_temperature > 0 else None
     handles = generator.insert(
