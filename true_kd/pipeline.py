@@ -17,18 +17,13 @@ import mlx.core as mx
 from filelock import FileLock, Timeout
 
 from true_kd import events, reporting
-from true_kd.cache import TargetCache
-from true_kd.capture import capture, render_for, teacher_identity
 from true_kd.errors import InputError, LockedError, TrueKDError
-from true_kd.evaluation import score_answers
 from true_kd.files import make_folder
-from true_kd.jobs import CapturedTargets, Job, refuse
+from true_kd.jobs import Job, refuse
 from true_kd.models import (
-    LanguageModel,
     ModelOptions,
     ModelTokenizer,
     check_keys,
-    open_model,
     open_skeleton,
     open_tokenizer,
     release_memory,
@@ -36,6 +31,7 @@ from true_kd.models import (
 from true_kd.reporting import KDResult
 from true_kd.student import distill_student
 from true_kd.suggest import quote
+from true_kd.teacher import Teacher, capture_domain
 from true_kd.vocabulary import map_vocabulary
 
 
@@ -167,71 +163,17 @@ def _group_by_models(jobs: Sequence[Job]) -> list[list[Job]]:
 def _capture_all(group: Sequence[Job], ledger: _Ledger) -> Generator[events.Event, None, list[Job]]:
     """The jobs whose targets are in the cache. When this returns, the teacher is gone from memory."""
     mx.reset_peak_memory()
-    teacher = _Teacher(group[0].config.teacher)
+    teacher = Teacher(group[0].config.teacher)
     captured = []
     for job in group:
         try:
-            job.targets = yield from _capture(job, teacher)
+            job.targets = yield from capture_domain(job, teacher)
             captured.append(job)
         except Exception as error:  # noqa: BLE001 - a domain fails alone, be it by a bug
             yield ledger.failed(job.domain, error)
     if teacher.close():
         yield events.TeacherFreed(mx.get_active_memory())
     return captured
-
-
-class _Teacher:
-    """The teacher's tokenizer, and its weights from the moment they are needed: never, where all is in the cache."""
-
-    def __init__(self, options: ModelOptions) -> None:
-        self.options = options
-        self.text = open_tokenizer(options, "teacher")
-        self._model: LanguageModel | None = None
-
-    @property
-    def is_open(self) -> bool:
-        return self._model is not None
-
-    def open(self) -> LanguageModel:
-        if self._model is None:
-            self._model = open_model(self.options, "teacher")
-        return self._model
-
-    def close(self) -> bool:
-        """Free the weights; returns whether they had been opened."""
-        opened, self._model = self.is_open, None
-        release_memory()
-        return opened
-
-
-def _capture(job: Job, teacher: _Teacher) -> Generator[events.Event, None, CapturedTargets]:
-    started = time.perf_counter()
-    config = job.config
-    cache = TargetCache(config.cache_folder, teacher_identity(teacher.text, config.capture, config.targets))
-    train = render_for(teacher.text, job.train_prompts)
-    valid = render_for(teacher.text, job.valid_prompts)
-    needed = any(prompt.key not in cache for prompt in (*train, *valid))
-    if needed:
-        if not teacher.is_open:
-            yield events.TeacherOpening(config.teacher.model)
-        for progress in capture(teacher.open(), [*train, *valid], cache, config.capture, config.targets):
-            yield events.Captured(job.domain, progress)
-    else:
-        yield events.CaptureReused(job.domain, len({prompt.key for prompt in (*train, *valid)}))
-    replies = cache.read(dict.fromkeys(prompt.key for prompt in valid))
-    answered = [
-        (prompt, replies[asked.key].tokens)
-        for prompt, asked in zip(job.valid_prompts, valid, strict=True)
-        if prompt.answer is not None
-    ]
-    return CapturedTargets(
-        cache=cache,
-        train=train,
-        valid=valid,
-        seconds=time.perf_counter() - started,
-        peak_memory=mx.get_peak_memory() if needed else 0,
-        exact_match=score_answers(*zip(*answered, strict=True), teacher.text, config.evaluation) if answered else None,
-    )
 
 
 def _train_isolated(job: Job, ledger: _Ledger) -> Iterator[events.Event]:
