@@ -253,7 +253,6 @@ def test_a_larger_bucket_pads_less() -> None:
     assert shares[0] > 3 * shares[2]
 
 
-@pytest.mark.xfail(strict=True, reason="ties are sorted by index, which undoes the shuffle before it")
 def test_examples_of_equal_length_are_mixed_anew_each_epoch() -> None:
     partners = {frozenset(batch) for epoch in range(10) for batch in epoch_batches([7] * 16, BatchOptions(), 0, epoch)}
     assert len(partners) > 20

@@ -11,6 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from true_kd import cache as cache_module
 from true_kd.cache import CachedReply, CacheIdentity, TargetCache, default_root, reply_key
@@ -273,6 +274,18 @@ def test_writers_side_by_side_lose_nothing(tmp_path: Path) -> None:
     for key, expected in replies.items():
         assert key in reopened
         assert_same(found[key], expected)
+
+
+def test_adding_waits_for_another_process_that_adds(two_shards: TargetCache, tmp_path: Path) -> None:
+    before = (two_shards.folder / "manifest.jsonl").read_bytes()
+    reply = make_reply(4)
+    adding = threading.Thread(target=lambda: TargetCache(tmp_path, IDENTITY).add({"d": reply}))
+    with FileLock(two_shards.folder / ".lock"):
+        adding.start()
+        adding.join(timeout=0.3)
+        assert (two_shards.folder / "manifest.jsonl").read_bytes() == before
+    adding.join()
+    assert "d" in TargetCache(tmp_path, IDENTITY)
 
 
 def test_adding_the_same_replies_twice_keeps_one_file(two_shards: TargetCache, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,7 +39,7 @@ RESULT = KDResult(
     adapter_path="adapters_kd/cats",
     data=COUNTS,
     before=METRICS,
-    after=replace(METRICS, kl=0.25, top1_agreement=0.9),
+    after=replace(METRICS, loss=1.25, kl=0.25, top1_agreement=0.9),
     best_iteration=2,
     exact_match=None,
     steps=(),
@@ -87,6 +88,7 @@ def shown(*shown_events: events.Event, width: int = 80) -> str:
 WHOLE_RUN = (
     events.DomainFailed("dogs", PromptError(["prompts/dogs/train.txt:1:1: byte 0xff is not UTF-8."])),
     events.TeacherOpening("a/b"),
+    events.CaptureReused("birds", 6),
     *(events.Captured("cats", CaptureProgress(done, 10, done * 7, 0.5)) for done in range(11)),
     events.TeacherFreed(2**20),
     events.TrainingStarted("cats", 20, COUNTS),
@@ -133,6 +135,7 @@ def on_stdout(monkeypatch: pytest.MonkeyPatch, *shown_events: events.Event, term
         (events.Captured("cats", CaptureProgress(0, 9, 0, 0.0)), "cats: captured 0/9 replies, reading prompts"),
         (events.Captured("cats", CaptureProgress(9, 9, 0, 0.0)), "cats: captured 9/9 replies, from the cache"),
         (events.Captured("cats", CaptureProgress(9, 9, 5000, 2.0)), "cats: captured 9/9 replies, 2,500 tok/s"),
+        (events.CaptureReused("cats", 6), "cats: 6 replies of the teacher are in the cache"),
         (events.TeacherFreed(5 * 2**20), "teacher freed, 5 MB still held"),
         (
             events.TrainingStarted("cats", 20, COUNTS),
@@ -147,13 +150,21 @@ def on_stdout(monkeypatch: pytest.MonkeyPatch, *shown_events: events.Event, term
             events.DomainFinished(replace(RESULT, unchanged=True)),
             f"cats: unchanged since {RESULT.finished_at}: adapters_kd/cats",
         ),
-        (events.DomainFailed("cats", InputError("no room.")), "cats: failed. no room."),
         (finished(failures={"cats": InputError("x")}), f"0 done, 1 failed. Summary: {SUMMARY}"),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
 )
 def test_each_event_is_one_line(event: events.Event, line: str) -> None:
     assert shown(event) == f"{line}\n"
+
+
+@pytest.mark.parametrize("loss", [2.5, 3.0])
+def test_an_adapter_that_brought_nothing_is_told(loss: float) -> None:
+    _, second = shown(events.DomainFinished(replace(RESULT, after=replace(METRICS, loss=loss)))).splitlines()
+    assert second.startswith(
+        "cats: the adapter brought the student no nearer to the teacher "
+        f"(validation loss 2.5000 before, {loss:.4f} after). Try "
+    )
 
 
 def test_what_was_cut_or_dropped_is_told_when_training_starts() -> None:
@@ -191,36 +202,60 @@ def test_a_long_line_is_left_to_the_terminal_to_break() -> None:
         "prompts/cats/train.jsonl:100:12: no prompt",
     ],
 )
-def test_text_of_the_user_is_printed_as_it_is(text: str) -> None:
+def test_text_of_the_user_is_printed_as_it_is(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert shown(events.TeacherOpening(text)) == f"teacher {text}: opening\n"
-    assert shown(events.DomainFailed("cats", InputError(text))) == f"cats: failed. {text}\n"
+    shown(events.DomainFailed("cats", InputError(text)))
+    assert capsys.readouterr().err == f"cats: failed. {text}\n"
 
 
-def test_no_escape_code_of_a_message_reaches_the_output() -> None:
-    assert "\x1b" not in shown(events.DomainFailed("cats", InputError("model \x1b[31mred")))
+def test_no_escape_code_of_a_message_reaches_the_output(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "\x1b" not in shown(events.TeacherOpening("model \x1b[31mred"))
+    shown(events.DomainFailed("cats", InputError("model \x1b[31mred")))
+    assert capsys.readouterr().err == "cats: failed. model \\x1b[31mred\n"
 
 
-def test_an_error_of_the_user_has_no_traceback() -> None:
-    assert "Traceback" not in shown(events.DomainFailed("cats", raised(InputError("no room."))))
+# Failures.
 
 
-def test_a_bug_keeps_its_traceback() -> None:
-    text = shown(events.DomainFailed("cats", raised(ZeroDivisionError("division by zero"))))
-    assert text.startswith("cats: failed. division by zero\nTraceback (most recent call last):\n")
-    assert "in raised" in text
-
-
-def test_with_debugging_on_an_error_of_the_user_has_one_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRUE_KD_DEBUG", "1")
-    assert "in raised" in shown(events.DomainFailed("cats", raised(InputError("no room."))))
-
-
-def raised(error: Exception) -> Exception:
-    """The error, with the traceback of having been raised."""
+def raised(error: Exception) -> events.DomainFailed:
+    """The failure of a domain by an error that was raised."""
     try:
         raise error
     except type(error) as caught:
-        return caught
+        return events.DomainFailed("cats", caught, "".join(traceback.format_exception(caught)))
+
+
+def test_a_failure_goes_to_stderr_and_leaves_stdout_to_results(capsys: pytest.CaptureFixture[str]) -> None:
+    assert shown(raised(InputError("no room."))) == ""
+    assert capsys.readouterr() == ("", "cats: failed. no room.\n")
+
+
+def test_a_bug_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    shown(raised(ZeroDivisionError("division by zero")))
+    text = capsys.readouterr().err
+    assert text.startswith("cats: failed. Traceback (most recent call last):\n")
+    assert "in raised" in text
+    assert text.rstrip().endswith("ZeroDivisionError: division by zero")
+
+
+@pytest.mark.parametrize(("value", "wanted"), [("1", True), ("0", False), ("", False)])
+def test_with_debugging_on_an_error_of_the_user_has_one_too(
+    value: str, wanted: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRUE_KD_DEBUG", value)
+    shown(raised(InputError("no room.")))
+    text = capsys.readouterr().err
+    assert ("in raised" in text) is wanted
+    assert "no room." in text
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_file_that_stderr_was_sent_to_gets_the_failures(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = Screen(terminal=False)
+    monkeypatch.setattr("sys.stderr", log)
+    text = on_stdout(monkeypatch, raised(InputError("no room.")), terminal=terminal, TERM="xterm-256color")
+    assert log.getvalue() == "cats: failed. no room.\n"
+    assert "failed" not in text
 
 
 # The table.

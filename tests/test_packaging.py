@@ -174,7 +174,6 @@ def test_this_python_and_all_that_are_listed_are_supported() -> None:
     assert Version("3.10") not in supported
 
 
-@pytest.mark.xfail(strict=True, reason="huggingface_hub (models.opening) and jinja2 (examples) come along by luck only")
 def test_every_import_is_a_declared_dependency() -> None:
     declared = {Requirement(text).name.replace("_", "-") for text in LISTS["dependencies"]}
     owners = packages_distributions()
