@@ -316,7 +316,7 @@ def test_a_run_wide_key_in_a_domain_file_is_refused(key: str, cli, project: Path
         ("lora.keys=[[1]]", "expected one value or a flat list."),
         ("lora.keys={a: 1}", "expected one value or a flat list."),
         ("seed=no", "'no', expected true or false."),
-        ("domains=cats", "--set domains: 'cats', expected a list. Write ['cats']."),
+        ("domains=cats", "--set domains: 'cats', expected a list or 'all'."),
         ("seed.deeper.still=1", "--set seed"),
         ("out=" + "x" * 100 + ": y", "expected "),
     ],

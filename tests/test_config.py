@@ -231,13 +231,13 @@ def test_a_model_may_be_a_name_in_one_layer_and_a_mapping_in_another(folder: Pat
 
 
 @pytest.mark.parametrize("seam", ["teacher", "student"])
-def test_another_model_is_another_in_all_its_keys(seam: str, folder: Path) -> None:
+def test_another_model_does_not_get_the_revision_of_the_one_before(seam: str, folder: Path) -> None:
     write(base=f"{seam}: {{model: a/b, revision: x, dequantize: never}}\n", cats=f"{seam}: c/d\n")
     named = Override(f"--{seam}", (seam,), "e/f")
-    assert at(load_config(None, "cats", []), (seam,)) == ModelOptions(model="c/d")
-    assert at(load_config(None, None, [named]), (seam,)) == ModelOptions(model="e/f")
+    assert at(load_config(None, "cats", []), (seam,)) == ModelOptions(model="c/d", dequantize="never")
+    assert at(load_config(None, None, [named]), (seam,)) == ModelOptions(model="e/f", dequantize="never")
     refined = load_config(None, None, [named, Override("--set", (seam, "revision"), "y")])
-    assert at(refined, (seam,)) == ModelOptions(model="e/f", revision="y")
+    assert at(refined, (seam,)) == ModelOptions(model="e/f", revision="y", dequantize="never")
 
 
 @pytest.mark.parametrize("seam", ["teacher", "student"])

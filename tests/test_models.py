@@ -450,8 +450,3 @@ def test_the_digest_takes_the_hub_cache_at_its_word(student_folder: Path, tmp_pa
         (blobs / name).write_bytes(content)
         (snapshot / file.name).symlink_to(blobs / name)
     assert digest_of(snapshot) == digest_of(student_folder)
-
-
-def test_the_stored_size_is_that_of_the_weights(student_folder: Path) -> None:
-    files = describe(ModelOptions(model=str(student_folder)), "teacher")
-    assert files.stored_bytes == (student_folder / "model.safetensors").stat().st_size

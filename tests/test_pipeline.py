@@ -482,19 +482,28 @@ def test_prompts_that_the_teacher_refuses_fail_their_domain_alone(place: Place, 
     assert list(run.results) == ["a"]
 
 
-def test_a_student_that_diverges_fails_its_domain_alone(place: Place, tokenizer_folder: Path) -> None:
+def test_a_student_that_diverges_fails_its_domain_alone_and_keeps_weights_that_were_good(place: Place) -> None:
+    place.write("b")
+    (place.root / "b.yaml").write_text("training: {learning_rate: 1.0, grad_clip: 0, warmup: 0}\nlora: {scale: 1e30}\n")
+    run = place.run("b", "a")
+    assert isinstance(run.failures["b"], NonFiniteLossError)
+    assert str(place.out / "b") in run.summary["failed"]["b"]
+    assert {path.name for path in (place.out / "b").iterdir()} >= {WEIGHTS, "adapter_config.json", "run.json"}
+    from mlx_lm import load
+
+    kept, _ = load(place.config["student"], adapter_path=str(place.out / "b"))
+    assert np.isfinite(np.array(kept(mx.array([[5, 6, 7]])))).all()
+    assert list(run.summary["domains"]) == ["a"]
+
+
+def test_a_student_whose_weights_are_damaged_is_refused_as_it_is(place: Place, tokenizer_folder: Path) -> None:
     poisoned = save_random_model(place.root / "poisoned", tokenizer_folder, seed=2)
     weights = mx.load(str(poisoned / "model.safetensors"))
     weights["model.layers.1.mlp.down_proj.weight"][0, 0] = float("nan")
     mx.save_safetensors(str(poisoned / "model.safetensors"), weights)
-    place.write("b")
-    (place.root / "b.yaml").write_text(f"student: {poisoned}\n")
-    run = place.run("b", "a")
-    assert isinstance(run.failures["b"], NonFiniteLossError)
-    assert str(place.out / "b") in run.summary["failed"]["b"]
-    assert {path.name for path in (place.out / "b").iterdir()} == {WEIGHTS, "adapter_config.json", "run.json"}
-    assert all(np.isfinite(np.array(value)).all() for value in mx.load(str(place.out / "b" / WEIGHTS)).values())
-    assert list(run.summary["domains"]) == ["a"]
+    run = place.run("a", student__model=str(poisoned))
+    assert isinstance(run.failures["a"], ModelError)
+    assert not (place.out / "a" / WEIGHTS).exists()
 
 
 def test_a_failed_domain_is_not_taken_for_finished(done: Place) -> None:
@@ -740,7 +749,7 @@ def test_a_checkable_reply_that_the_student_cannot_write_does_not_stop_the_domai
     run = place.run("a", vocab_strategy=strategy)
     assert run.failures == {}
     assert run.results["a"].exact_match.tasks == 2
-    assert run.results["a"].exact_match.teacher == 1.0, "read in the teacher's own ids"
+    assert run.results["a"].exact_match.teacher is None, "the data wrote the replies, not the teacher"
 
 
 @pytest.mark.parametrize(("teacher_rows", "student_rows"), [(320, 352), (352, 320)])

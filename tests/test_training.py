@@ -111,7 +111,7 @@ def test_a_step_reports_what_it_did(student_folder: Path) -> None:
     assert step.response_tokens == sum(len(example.response) for example in examples)
     assert sum(map(len, examples)) <= step.padded_tokens <= 4 * max(map(len, examples))
     assert step.total == pytest.approx(LOSSES.alpha * step.kd + (1 - LOSSES.alpha) * step.ce, rel=1e-5)
-    assert step.tokens_per_second == pytest.approx(step.padded_tokens / step.seconds)
+    assert 0 < step.tokens_per_second <= step.padded_tokens / step.seconds
     assert step.learning_rate == learning_rate_at(1, TrainingOptions(iters=1, learning_rate=1e-2, warmup=0.0))
     assert step.peak_memory > sum(value.nbytes for value in trainable(adapted(student_folder)).values())
 

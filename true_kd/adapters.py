@@ -62,7 +62,7 @@ def load_adapter(module: nn.Module, folder: Path) -> None:
         when the folder's tensors are not exactly those its config describes; mlx-lm itself takes a part silently.
     """
     try:
-        found, expected = attach_adapter(module, folder)
+        found, expected = attach_adapter(module, folder, WEIGHTS)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise CacheError(f"{folder}: not an adapter of this student ({error}). Distil it again.") from error
     if found != expected:

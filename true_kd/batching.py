@@ -1,6 +1,6 @@
 """Examples to batches: order, length bucketing and padding.
 
-The batch of a step is a pure function of the examples, the seed and the step, so a run can stop and go on anywhere.
+The batch of a step is a pure function of the examples, the seed and the step; nothing is drawn from a global state.
 Within an epoch every example comes exactly once, the last partial batch included.
 """
 
@@ -41,6 +41,8 @@ class Batch:
     labels: Int[mx.array, " rows"]
     targets: TokenTargets
     response_tokens: int
+    sequence_tokens: int
+    """Prompt and response tokens, without padding."""
     padded_tokens: int
     """Batch times sequence: what the body computes."""
 
@@ -81,6 +83,7 @@ def collate(examples: Sequence[Example], temperature: float) -> Batch:
         labels=mx.array(labels),
         targets=_pad_targets(examples, temperature),
         response_tokens=len(labels),
+        sequence_tokens=sum(len(example) for example in examples),
         padded_tokens=tokens.size,
     )
 

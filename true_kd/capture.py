@@ -93,8 +93,12 @@ def capture(
     yield CaptureProgress(done, total, 0, 0.0)
     for at in range(0, len(todo), options.shard_prompts):
         shard = todo[at : at + options.shard_prompts]
-        given = [item for item in shard if item.rendered.response is not None]
-        replies = {item.key: _score(split, item, targets) for item in given}
+        replies: dict[str, CachedReply] = {}
+        for item in shard:
+            if item.rendered.response is not None:
+                replies[item.key] = _score(split, item, targets)
+                tokens += len(item.rendered.response)
+                yield CaptureProgress(done + len(replies), total, tokens, time.perf_counter() - start)
         to_write = [item for item in shard if item.rendered.response is None]
         recorder = _Recorder([item.key for item in to_write], targets)
         seeds = [seed_of(f"{options.seed} {item.key}") for item in to_write]
@@ -107,7 +111,6 @@ def capture(
                 yield CaptureProgress(done + len(replies) + finished, total, tokens, time.perf_counter() - start)
             ends = [draft.finished for draft in drafts]
             replies |= recorder.replies(ends)
-        tokens += sum(len(reply.tokens) for reply in replies.values() if reply.finished == "given")
         cache.add(replies)
         done += len(shard)
         yield CaptureProgress(done, total, tokens, time.perf_counter() - start)

@@ -40,7 +40,7 @@ def run(arguments: list[str]) -> int:
         return stop.exit_code
     except _UsageProblem as problem:
         line = " ".join(problem.format_message().split())
-        typer.echo(f"true-kd: {line} See `true-kd --help`.", err=True)
+        typer.echo(f"true-kd: {line.rstrip('.')}. See `true-kd --help`.", err=True)
         return 2
     except typer.Abort as abort:
         raise KeyboardInterrupt from abort

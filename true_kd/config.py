@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -43,8 +43,8 @@ class RunConfig(Options):
     """The model that gets the adapter."""
     prompts: str = Field(default="prompts", min_length=1)
     """Folder with one folder of prompts per domain."""
-    domains: tuple[str, ...] | None = None
-    """The domains that run when the command line names none; null to ask for a choice."""
+    domains: tuple[str, ...] | Literal["all"] | None = None
+    """The domains that run when the command line names none: a list, all, or null to ask for a choice."""
     out: str = Field(default="adapters_kd", min_length=1)
     """Folder that gets one adapter folder per domain, and kd_summary.json."""
     cache: str | None = Field(default=None, min_length=1)
@@ -141,7 +141,7 @@ class KDConfig(RunConfig):
             if isinstance(value, Options):
                 value = value.model_dump(mode="json", exclude_unset=True)
             if isinstance(value, Mapping) or name in _SEAMS:
-                _merge(nested, _by_name({name: value}, nested))
+                _merge(nested, _by_name({name: value}))
             else:
                 _put(nested, path, value)
         checked = validate(RunConfig, nested, lambda _: "KDConfig", _MEANT)
@@ -173,11 +173,11 @@ def load_config(base: Path | None, domain: str | None, overrides: Sequence[Overr
     # A model's mapping may leave out its name, which then is the default one.
     merged: dict[str, Any] = {seam: {"model": RunConfig.model_fields[seam].default.model} for seam in _SEAMS}
     for layer in layers:
-        _merge(merged, _by_name(layer.data, merged))
+        _merge(merged, _by_name(layer.data))
     flags: dict[KeyPath, str] = {}
     for override in overrides:
         if override.path in ((seam,) for seam in _SEAMS) and isinstance(override.value, str):
-            _merge(merged, _by_name({override.path[0]: override.value}, merged))
+            _merge(merged, _by_name({override.path[0]: override.value}))
         else:
             _put(merged, override.path, override.value, override.flag)
         flags[override.path] = override.flag
@@ -242,16 +242,15 @@ def _read_domain(base: Path, domain: str) -> list[Document]:
     return [document]
 
 
-def _by_name(data: Mapping[str, Any], merged: dict[str, Any]) -> dict[str, Any]:
-    """`teacher: NAME` as `teacher: {model: NAME}`, and the same for the student: another model, all of it.
+def _by_name(data: Mapping[str, Any]) -> dict[str, Any]:
+    """`teacher: NAME` as `teacher: {model: NAME}`, and the same for the student.
 
-    What `merged` holds of the model before, its revision above all, goes.
+    The revision of a model named before goes: it is not this one's.
     """
     spelled = dict(data)
     for seam in _SEAMS:
         if isinstance(spelled.get(seam), str):
-            spelled[seam] = {"model": spelled[seam]}
-            merged[seam] = {}
+            spelled[seam] = {"model": spelled[seam], "revision": None}
     return spelled
 
 

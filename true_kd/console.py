@@ -14,7 +14,7 @@ from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from true_kd import events
@@ -66,6 +66,8 @@ class LineView:
                         f"{domain}: {data.cut_replies} replies cut at capture.max_tokens, {data.truncated} cut at "
                         f"training.max_seq_length, {data.dropped} examples dropped"
                     )
+                if data.differing_ids:
+                    self.say(f"{domain}: {data.differing_ids:,} ids stand for different tokens in teacher and student")
             case events.Stepped(domain, step):
                 self.stepped(domain, step)
             case events.Validated(domain, validation):
@@ -112,8 +114,12 @@ class LineView:
         """Print the table of all domains."""
         if results:
             self.console.print(results_table(results, "->" if self.console.options.ascii_only else "→"))
-            largest = max(peak_memory(result) for result in results)
-            self.say(f"{seconds:.0f} s, peak memory {largest / 2**30:.2f} GB (teacher and student never together)")
+            done = [result for result in results if not result.unchanged]
+            phases = peak_memory(done)
+            self.say(
+                f"{seconds:.0f} s, peak memory {phases['capture'] / 2**30:.2f} GB with the teacher, "
+                f"{phases['training'] / 2**30:.2f} GB with the student, never both"
+            )
 
     def _is_due(self, stage: str, done: int, total: int) -> bool:
         mark = (stage, done * _LINES_PER_STAGE // max(total, 1))
@@ -128,15 +134,20 @@ class LiveView(LineView):
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
+        # Where the terminal is narrow the bar gives way, never the count or the time left.
+        columns = [
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
             BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[detail]}"),
-            TimeRemainingColumn(compact=True),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[detail]}", table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
+        ]
+        if console.width < 90:
+            del columns[1]
+        self._progress = Progress(
+            *columns,
             console=console,
             transient=True,
-            # rich would move stderr over to stdout, out of the file that the user sent it to.
             redirect_stderr=sys.stderr.isatty(),
         )
         self._task: TaskID | None = None
@@ -160,7 +171,7 @@ class LiveView(LineView):
 
     def stepped(self, domain: str, step: StepMetrics) -> None:
         """Move the training bar."""
-        self._move(f"{domain} train", step.iteration, self._iters, _step(step))
+        self._move(f"{domain} train", step.iteration, self._iters, _short_step(step))
 
     def summed_up(self, results: Sequence[KDResult], seconds: float) -> None:
         """Print the table below the last bar."""
@@ -206,7 +217,8 @@ def results_table(results: Sequence[KDResult], arrow: str = "→") -> Table:
         ]
         if checked:
             match = result.exact_match
-            row.append(f"{match.student:.0%} {arrow} {match.adapted:.0%} ({match.teacher:.0%})" if match else "-")
+            teacher = "-" if match is None or match.teacher is None else f"{match.teacher:.0%}"
+            row.append(f"{match.student:.0%} {arrow} {match.adapted:.0%} ({teacher})" if match else "-")
         table.add_row(*(Text(printable(cell)) for cell in (*row, result.adapter_path)))
     return table
 
@@ -215,6 +227,10 @@ def _rate(progress: CaptureProgress) -> str:
     if not progress.tokens:
         return "from the cache" if progress.done == progress.total else "reading prompts"
     return f"{progress.tokens / progress.seconds:,.0f} tok/s"
+
+
+def _short_step(step: StepMetrics) -> str:
+    return f"loss {step.total:.3f} (kd {step.kd:.3f} ce {step.ce:.3f}) {step.tokens_per_second / 1000:.1f}k tok/s"
 
 
 def _step(step: StepMetrics) -> str:

@@ -49,9 +49,10 @@ def build_data(job: Job, student: LanguageModel) -> DomainData:
     for name, found in examples.items():
         if not found:
             raise InputError(
-                f"none of the {len(splits[name].prompts)} {name} examples can be trained, expected at "
-                f"least one. Prompts must leave room for a reply within training.max_seq_length="
-                f"{config.training.max_seq_length}."
+                f"none of the {len(splits[name].prompts)} {name} examples can be trained, expected at least one: "
+                f"{splits[name].too_long} prompts leave no room for a reply within training.max_seq_length="
+                f"{config.training.max_seq_length}, {splits[name].unwritable} replies have tokens that the student "
+                "lacks. Raise the former, or choose a nearer student."
             )
     checkable = [prompt for prompt in job.valid_prompts if prompt.answer is not None]
     counts = DataCounts(
@@ -60,8 +61,9 @@ def build_data(job: Job, student: LanguageModel) -> DomainData:
         train_response_tokens=sum(len(example.response) for example in examples["train"]),
         train_tokens=sum(len(example) for example in examples["train"]),
         truncated=sum(split.truncated for split in splits.values()),
-        dropped=sum(split.dropped for split in splits.values()),
+        dropped=sum(split.too_long + split.unwritable for split in splits.values()),
         cut_replies=sum(replies[key].finished == "length" for key in keys),
+        differing_ids=job.vocabulary.differing,
         cache_bytes=targets.cache.size(keys),
     )
     return DomainData(examples["train"], examples["valid"], checkable, counts)
@@ -74,7 +76,8 @@ class _Split:
         self.prompts = prompts
         self._asked = asked
         self.truncated = 0
-        self.dropped = 0
+        self.too_long = 0
+        self.unwritable = 0
 
     def examples(self, replies: dict[str, CachedReply], student: LanguageModel, job: Job) -> list[Example]:
         limit = job.config.training.max_seq_length
@@ -84,7 +87,8 @@ class _Split:
             opening = render(prompt, student.tokenizer, student.stop_ids, student.name).prompt
             example = reply and make_example(opening, reply.tokens, reply.targets, prompt.where, limit)
             if not example:
-                self.dropped += 1
+                self.unwritable += reply is None
+                self.too_long += reply is not None
                 continue
             self.truncated += len(example.response) < len(reply.tokens)
             found.append(example)

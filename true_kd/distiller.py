@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from true_kd import events, jobs, pipeline, prompts
 from true_kd.config import KDConfig, RunConfig
 from true_kd.errors import InputError, TrueKDError
 from true_kd.jobs import Job
+from true_kd.models import ModelOptions
 from true_kd.reporting import KDResult
+from true_kd.validation import validate
 
 Prompts = Sequence[str] | Sequence[Mapping[str, Any]]
 """Plain strings, or records as the lines of a prompt file hold them."""
@@ -41,13 +44,20 @@ class TrueKnowledgeDistiller:
 
     def __init__(
         self,
-        teacher_model_id: str | None = None,
-        student_model_id: str | None = None,
+        teacher_model_id: str | Path | None = None,
+        student_model_id: str | Path | None = None,
         config: RunConfig | None = None,
     ) -> None:
-        config = config or KDConfig()
+        config = KDConfig() if config is None else config
+        if not isinstance(config, RunConfig):
+            raise InputError(f"config: {type(config).__name__}, expected a KDConfig. Write KDConfig(iters=100).")
+        # A revision in `config` is that of the model named there.
         models = {
-            seam: getattr(config, seam).model_copy(update={"model": name})
+            seam: validate(
+                ModelOptions,
+                {**getattr(config, seam).model_dump(), "model": str(name), "revision": None},
+                lambda _, seam=seam: f"{seam}_model_id",
+            )
             for seam, name in (("teacher", teacher_model_id), ("student", student_model_id))
             if name is not None
         }
@@ -91,6 +101,8 @@ class TrueKnowledgeDistiller:
         """
         if domains is None:
             domains = prompts.list_domains(self.config.prompts_folder)
+        if isinstance(domains, str):
+            raise InputError(f"distill_all: one string, expected a list of domains. Write [{domains!r}].")
         given = domains if isinstance(domains, Mapping) else dict.fromkeys(domains)
         if not given:
             raise InputError("distill_all: no domain, expected at least one. Name it, or create its folder of prompts.")

@@ -75,9 +75,8 @@ class EnvironmentProblem(TrueKDError):
 class NonFiniteLossError(TrueKDError):
     """The loss or the gradient became NaN or infinite; the last good weights were kept."""
 
-    def __init__(self, iteration: int, what: str, kept: Path | None) -> None:
-        where = f" The last good weights are in {kept}." if kept else ""
+    def __init__(self, iteration: int, what: str, kept: Path) -> None:
         super().__init__(
-            f"iteration {iteration}: {what} is not a finite number, so training stopped.{where} "
-            "Lower --learning-rate, or set training.grad_clip."
+            f"iteration {iteration}: {what} is not a finite number, so training stopped. The last good weights are in "
+            f"{kept}. Lower --learning-rate, or set training.grad_clip."
         )

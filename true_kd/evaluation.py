@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -44,11 +43,6 @@ class EvalMetrics:
     top1_agreement: float
     """Share of tokens at which model and teacher find the same token most likely."""
     tokens: int
-
-    @property
-    def perplexity(self) -> float:
-        """exp(ce)."""
-        return math.exp(min(self.ce, 700.0))
 
 
 def evaluate(student: nn.Module, examples: Sequence[Example], losses: LossOptions, batch_size: int) -> EvalMetrics:

@@ -45,7 +45,7 @@ class Example:
     @property
     def rows(self) -> Int[np.ndarray, " response"]:
         """Positions of `tokens` whose next token is a response token: where the model predicts the response."""
-        return np.arange(len(self.prompt) - 1, len(self.prompt) + len(self.response) - 1)
+        return np.flatnonzero(self.loss_mask[1:])
 
     @property
     def loss_mask(self) -> Bool[np.ndarray, " sequence"]:
@@ -88,6 +88,10 @@ def render(prompt: Prompt, tokenizer: Any, stop_ids: Sequence[int], model: str) 
     if prompt.completion is None:
         return Rendered(opening, None)
     whole = _apply(prompt, [*messages, dict(prompt.completion)], tokenizer, model, add_generation_prompt=False)
+    if prompt.completion.get("tool_calls"):
+        silent = {key: value for key, value in prompt.completion.items() if key != "tool_calls"}
+        if whole == _apply(prompt, [*messages, silent], tokenizer, model, add_generation_prompt=False):
+            raise TemplateError(prompt.where, model, "it does not print the tool calls of the completion")
     # Templates that print earlier turns otherwise than the last one: the completion's own text is the reply.
     follows = whole[: len(opening)] == opening
     response = whole[len(opening) :] if follows else _encode_content(prompt, tokenizer, model)

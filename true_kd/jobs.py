@@ -81,7 +81,11 @@ class Job:
             {
                 "format": FORMAT,
                 "options": self.config.model_dump(
-                    mode="json", exclude={"out", "cache", "fresh", "domains", "prompts", "teacher", "student"}
+                    mode="json",
+                    exclude={
+                        **dict.fromkeys(("out", "cache", "fresh", "domains", "prompts"), True),
+                        **{seam: {"model", "revision"} for seam in ("teacher", "student")},
+                    },
                 ),
                 "teacher": models[self.config.teacher],
                 "student": models[self.config.student],
@@ -107,6 +111,7 @@ def choose_domains(
         return list(dict.fromkeys(named))
     config = load_config(base, None, overrides)
     root = config.prompts_folder
+    everything = everything or config.domains == "all"
     if config.domains and not everything:
         return list(dict.fromkeys(config.domains))
     found = prompts.list_domains(root) if root.is_dir() else []

@@ -53,16 +53,17 @@ def distill(jobs: Sequence[Job], failures: Mapping[str, TrueKDError] | None = No
     with _hold(out):
         for domain, error in refused.items():
             yield ledger.failed(domain, error)
-        todo = yield from _skip_finished(jobs, ledger)
-        groups = _group_by_models(todo)
-        for group in groups:
-            captured = yield from _capture_all(group, ledger)
-            for job in captured:
-                yield from _train_isolated(job, ledger)
-        seconds = time.perf_counter() - started
-        summary = reporting.write_summary(
-            out, ledger.results, {domain: str(error) for domain, error in ledger.failures.items()}, seconds
-        )
+        try:
+            todo = yield from _skip_finished(jobs, ledger)
+            for group in _group_by_teacher(todo):
+                captured = yield from _capture_all(group, ledger)
+                for job in captured:
+                    yield from _train_isolated(job, ledger)
+        finally:
+            # Also when the run is stopped halfway: what is finished is in the summary.
+            seconds = time.perf_counter() - started
+            failed = {domain: str(error) for domain, error in ledger.failures.items()}
+            summary = reporting.write_summary(out, ledger.results, failed, seconds)
     yield events.RunFinished(tuple(ledger.results), ledger.failures, summary, seconds)
 
 
@@ -79,6 +80,8 @@ class _Ledger:
 
     def failed(self, domain: str, error: Exception) -> events.DomainFailed:
         trace = "".join(traceback.format_exception(error))
+        if not isinstance(error, TrueKDError):
+            error.add_note(trace)
         linked: BaseException | None = error
         while linked is not None:
             traceback.clear_frames(linked.__traceback__)
@@ -152,7 +155,7 @@ def _skip_finished(jobs: Sequence[Job], ledger: _Ledger) -> Generator[events.Eve
     return todo
 
 
-def _group_by_models(jobs: Sequence[Job]) -> list[list[Job]]:
+def _group_by_teacher(jobs: Sequence[Job]) -> list[list[Job]]:
     """Jobs that share a teacher, in order: it is opened once per group."""
     groups: dict[ModelOptions, list[Job]] = {}
     for job in jobs:
@@ -163,8 +166,13 @@ def _group_by_models(jobs: Sequence[Job]) -> list[list[Job]]:
 def _capture_all(group: Sequence[Job], ledger: _Ledger) -> Generator[events.Event, None, list[Job]]:
     """The jobs whose targets are in the cache. When this returns, the teacher is gone from memory."""
     mx.reset_peak_memory()
-    teacher = Teacher(group[0].config.teacher)
-    captured = []
+    captured: list[Job] = []
+    try:
+        teacher = Teacher(group[0].config.teacher)
+    except TrueKDError as error:
+        for job in group:
+            yield ledger.failed(job.domain, error)
+        return captured
     for job in group:
         try:
             job.targets = yield from capture_domain(job, teacher)

@@ -34,7 +34,7 @@ _DOMAIN_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _KEYS_BESIDE = {
     "messages": ("tools", "answer"),
     "prompt": ("completion", "tools", "answer"),
-    "text": ("answer",),
+    "text": (),
 }
 _KNOWN_KEYS = ("messages", "prompt", "completion", "text", "tools", "answer")
 
@@ -234,8 +234,8 @@ def _to_prompt(record: dict[str, Any], system: str | None, where: str) -> Prompt
     kind = kinds[0]
     for key in given:
         if key != kind and key not in _KEYS_BESIDE[kind]:
-            beside = " or ".join(f"'{other}'" for other in _KEYS_BESIDE[kind])
-            refuse(f"'{key}' together with '{kind}', expected only {beside} beside it. Remove one of the two", key)
+            beside = " or ".join(f"'{other}'" for other in _KEYS_BESIDE[kind]) or "nothing"
+            refuse(f"'{key}' together with '{kind}', expected {beside} beside it. Remove one of the two", key)
     answer = given.get("answer")
     if answer is not None:
         _check_text(answer, "answer", "answer")

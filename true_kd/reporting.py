@@ -47,19 +47,22 @@ class DataCounts:
     """Examples left out: prompt too long, or a reply that the student's vocabulary cannot write."""
     cut_replies: int
     """Replies that reached capture.max_tokens without ending."""
+    differing_ids: int
+    """Ids that stand for different tokens in teacher and student; 0 under vocab_strategy match."""
     cache_bytes: int
     """Size of the cache files that hold the domain's targets."""
 
 
 @dataclass(frozen=True)
 class ExactMatch:
-    """Share of checkable validation tasks answered right."""
+    """Share of checkable validation tasks answered right; the student takes its most likely token each time."""
 
     tasks: int
     student: float
     adapted: float
     """The student with its adapter."""
-    teacher: float
+    teacher: float | None
+    """By the replies it wrote at capture, drawn as `capture` says; None where the data brought replies of its own."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ def write_summary(out: Path, results: Sequence[KDResult], failures: Mapping[str,
         "format": FORMAT,
         "finished_at": now(),
         "seconds": round(seconds, 3),
-        "peak_memory": max((peak_memory(result) for result in results), default=0),
+        "peak_memory": peak_memory([result for result in results if not result.unchanged]),
         "versions": versions(),
         "domains": {name: _summary(known[name]) for name in sorted(known)},
         "failed": dict(failures),
@@ -159,7 +162,7 @@ def _summary(result: KDResult) -> dict[str, Any]:
     record = asdict(result)
     for name in ("steps", "validations", "domain"):
         del record[name]
-    record["peak_memory"] = peak_memory(result)
+    record["peak_memory"] = peak_memory([result])
     record["training_loss"] = {
         "first": _losses(result.steps[0]),
         "last": _losses(result.steps[-1]),
@@ -171,9 +174,11 @@ def _losses(step: StepMetrics) -> dict[str, float]:
     return {"total": step.total, "kd": step.kd, "ce": step.ce}
 
 
-def peak_memory(result: KDResult) -> int:
-    """Peak memory of a run: the larger of its two phases, since teacher and student are never in memory together."""
-    return max(result.capture_peak_memory, result.training_peak_memory)
+def peak_memory(results: Sequence[KDResult]) -> dict[str, int]:
+    """Peak memory in bytes of each phase, and of the whole: the larger of the two, as they never overlap."""
+    capture = max((result.capture_peak_memory for result in results), default=0)
+    training = max((result.training_peak_memory for result in results), default=0)
+    return {"capture": capture, "training": training, "run": max(capture, training)}
 
 
 def now() -> str:

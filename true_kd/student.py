@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, field
@@ -11,12 +12,13 @@ import mlx.core as mx
 from true_kd import adapters, events, reporting
 from true_kd.backend import versions
 from true_kd.datasets import DomainData, build_data
-from true_kd.errors import NonFiniteLossError
+from true_kd.errors import ModelError, NonFiniteLossError
 from true_kd.evaluation import evaluate, exact_match
 from true_kd.files import CannotWrite, write_json
 from true_kd.jobs import Job
 from true_kd.models import LanguageModel, add_lora, open_model, parameter_count, release_memory, trainable
 from true_kd.reporting import ExactMatch, KDResult, Validation
+from true_kd.suggest import quote
 from true_kd.training import NonFinite, StepMetrics, train
 
 
@@ -36,6 +38,11 @@ def distill_student(job: Job) -> Generator[events.Event, None, KDResult]:
 
     clock = _Clock()
     before = Validation(0, evaluate(student.module, data.valid, config.losses, config.training.batch_size))
+    if not math.isfinite(before.metrics.loss):
+        raise ModelError(
+            f"student {quote(config.student.model)}: its loss on the validation prompts is not a finite number before "
+            "any training, expected sound weights. Choose another model."
+        )
     answers_before = _exact_match(job, student, data)
     clock.stop("evaluation")
     yield events.Validated(job.domain, before)
@@ -102,27 +109,30 @@ class _Clock:
 
 
 def _begin_folder(job: Job) -> None:
-    """Write run.json, and take away what an earlier run left that would pass for this one's."""
+    """Take away what an earlier run left that would pass for this one's; its adapter stays until there is a new one."""
     try:
         (job.folder / adapters.METRICS).unlink(missing_ok=True)
     except OSError as error:
         raise CannotWrite(job.folder, error) from error
     adapters.remove_checkpoints(job.folder)
-    config = job.config.model_dump(mode="json")
-    write_json(job.folder / adapters.RUN, {**config, "domains": [job.domain], "fresh": False})
 
 
 def _train(job: Job, student: LanguageModel, data: DomainData, clock: _Clock) -> Generator[events.Event, None, _Run]:
     options, losses = job.config.training, job.config.losses
     run = _Run()
+    # The loss of a step is that of the weights before it: a finite step proves those, not the ones it leaves.
+    proven = current = trainable(student.module)
     try:
         for step in train(student.module, data.train, options, losses, job.config.seed):
+            proven, current = current, trainable(student.module)
             run.steps.append(step)
             yield events.Stepped(job.domain, step)
             last = step.iteration == options.iters
             if step.iteration % options.validate_every == 0 or last:
                 clock.stop("training")
                 metrics = evaluate(student.module, data.valid, losses, options.batch_size)
+                if not math.isfinite(metrics.loss):
+                    raise NonFinite(step.iteration, "the validation loss")
                 run.validations.append(Validation(step.iteration, metrics))
                 if run.best is None or metrics.loss < run.best.metrics.loss:
                     run.best, run.best_weights = run.validations[-1], trainable(student.module)
@@ -133,7 +143,7 @@ def _train(job: Job, student: LanguageModel, data: DomainData, clock: _Clock) ->
                 _save(job, trainable(student.module), step.iteration)
     except NonFinite as error:
         if run.best is None:
-            _save(job, trainable(student.module))
+            _save(job, proven)
         raise NonFiniteLossError(error.iteration, error.what, job.folder) from error
     clock.stop("training")
     return run
@@ -152,6 +162,9 @@ def _save(job: Job, weights: dict[str, mx.array], checkpoint: int | None = None)
         "run_digest": job.run_digest,
     }
     adapters.save_adapter(folder, weights, config.lora, config.student.model, settings)
+    if checkpoint is None:
+        # With the weights, so that it never describes others.
+        write_json(folder / adapters.RUN, {**config.model_dump(mode="json"), "domains": [job.domain], "fresh": False})
 
 
 def _exact_match(job: Job, student: LanguageModel, data: DomainData) -> float | None:
@@ -161,7 +174,6 @@ def _exact_match(job: Job, student: LanguageModel, data: DomainData) -> float | 
 
 
 def _compare_answers(job: Job, data: DomainData, before: float | None, after: float | None) -> ExactMatch | None:
-    teacher = job.targets.exact_match
-    if before is None or after is None or teacher is None:
+    if before is None or after is None:
         return None
-    return ExactMatch(tasks=len(data.checkable), student=before, adapted=after, teacher=teacher)
+    return ExactMatch(tasks=len(data.checkable), student=before, adapted=after, teacher=job.targets.exact_match)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 import mlx.core as mx
 
 from true_kd import events
-from true_kd.cache import TargetCache
+from true_kd.cache import CachedReply, TargetCache
 from true_kd.capture import capture, render_for, teacher_identity
-from true_kd.evaluation import score_answers
+from true_kd.evaluation import EvaluationOptions, score_answers
 from true_kd.jobs import CapturedTargets, Job
-from true_kd.models import LanguageModel, ModelOptions, open_model, open_tokenizer, release_memory
+from true_kd.models import LanguageModel, ModelOptions, ModelTokenizer, open_model, open_tokenizer, release_memory
+from true_kd.prompts import Prompt
 
 
 class Teacher:
@@ -58,7 +59,7 @@ def capture_domain(job: Job, teacher: Teacher) -> Generator[events.Event, None, 
         yield events.CaptureReused(job.domain, len({prompt.key for prompt in (*train, *valid)}))
     replies = cache.read(dict.fromkeys(prompt.key for prompt in valid))
     answered = [
-        (prompt, replies[asked.key].tokens)
+        (prompt, replies[asked.key])
         for prompt, asked in zip(job.valid_prompts, valid, strict=True)
         if prompt.answer is not None
     ]
@@ -68,5 +69,15 @@ def capture_domain(job: Job, teacher: Teacher) -> Generator[events.Event, None, 
         valid=valid,
         seconds=time.perf_counter() - started,
         peak_memory=mx.get_peak_memory() if needed else 0,
-        exact_match=score_answers(*zip(*answered, strict=True), teacher.text, config.evaluation) if answered else None,
+        exact_match=_score(answered, teacher.text, config.evaluation),
     )
+
+
+def _score(
+    answered: Sequence[tuple[Prompt, CachedReply]], teacher: ModelTokenizer, evaluation: EvaluationOptions
+) -> float | None:
+    """Share of answers the teacher got right; None where there are none, or the data wrote some of them itself."""
+    if not answered or any(reply.finished == "given" for _, reply in answered):
+        return None
+    prompts, replies = zip(*answered, strict=True)
+    return score_answers(prompts, [reply.tokens for reply in replies], teacher, evaluation)

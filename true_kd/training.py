@@ -65,7 +65,7 @@ class StepMetrics:
     """What the body computed: prompt, response and padding."""
     seconds: float
     tokens_per_second: float
-    """Padded tokens by time."""
+    """Prompt and response tokens by time; padding does not count."""
     peak_memory: int
     """Bytes, the largest since the phase began."""
 
@@ -136,7 +136,7 @@ def train(
             response_tokens=tokens,
             padded_tokens=padded,
             seconds=seconds,
-            tokens_per_second=padded / seconds,
+            tokens_per_second=sum(batch.sequence_tokens for batch in batches) / seconds,
             peak_memory=mx.get_peak_memory(),
         )
         student.train()

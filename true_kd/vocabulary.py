@@ -27,12 +27,6 @@ class VocabularyMap:
     """int32 [teacher ids]: the student's id of each teacher id, or -1."""
     differing: int
     """How many ids stand for different tokens in the two vocabularies."""
-    student_size: int
-
-    @property
-    def is_identity(self) -> bool:
-        """True when every teacher id is the student's id of the same token."""
-        return bool((self.ids == np.arange(len(self.ids))).all())
 
 
 def map_vocabulary(
@@ -80,7 +74,7 @@ def map_vocabulary(
             f"teacher and student vocabularies: no common token under --vocab-strategy {strategy}. "
             "Choose models whose tokenizers are related."
         )
-    return VocabularyMap(ids, len(different), student_size)
+    return VocabularyMap(ids, len(different))
 
 
 def align_vocab_sizes(

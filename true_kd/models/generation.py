@@ -64,7 +64,7 @@ def generate_replies(
         model.module,
         stop_tokens=[[stop] for stop in model.stop_ids],
         completion_batch_size=width,
-        prefill_batch_size=min(width, 8),
+        prefill_batch_size=min(width, 8),  # mlx-lm's own default
     )
     samplers = [_keyed_sampler(options, seed) for seed in seeds] if options.sampling_temperature > 0 else None
     handles = generator.insert(

@@ -91,17 +91,17 @@ def parameter_count(module: nn.Module) -> int:
     return int(get_total_parameters(module))
 
 
-def attach_adapter(module: nn.Module, folder: Path) -> tuple[set[str], set[str]]:
-    """Put a saved adapter on a freshly opened model; returns the names of its tensors, and of those the model takes.
+def attach_adapter(module: nn.Module, folder: Path, weights: str) -> tuple[set[str], set[str]]:
+    """Put the adapter of a folder, in its file `weights`, on a freshly opened model.
 
-    Raises what mlx-lm raises (ValueError, KeyError, OSError ...) for tensors that the model does not take. Missing
-    ones it accepts silently, so the caller compares the two sets.
+    Returns the names of its tensors, and of those that the model takes. Raises what mlx-lm raises (ValueError,
+    KeyError, OSError ...) for tensors that it does not take. Missing ones it accepts silently: the caller compares.
     """
     from mlx_lm.tuner.utils import load_adapters
 
     load_adapters(module, str(folder))
     taken = {name for name, _ in tree_flatten(module.parameters()) if name.rsplit(".", 1)[-1] in _ADAPTER_LEAVES}
-    found = set(mx.load(str(folder / "adapters.safetensors")))
+    found = set(mx.load(str(folder / weights)))
     mx.eval(module.parameters())
     return found, taken
 

@@ -11,6 +11,7 @@ import gc
 import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,8 +118,6 @@ class ModelFiles:
     weights: list[Path]
     digest: str
     """SHA-256 over the digests of every file that changes what the model says or how it is spoken to."""
-    stored_bytes: int
-    """Size of the weights."""
 
 
 def describe(options: ModelOptions, seam: str) -> ModelFiles:
@@ -141,7 +140,7 @@ def describe(options: ModelOptions, seam: str) -> ModelFiles:
         )
     texts = [path / name for name in _TEXT_FILES if (path / name).is_file()]
     digests = {file.name: _content_digest(file) for file in [*texts, *weights]}
-    return ModelFiles(path, weights, digest_json(digests), sum(file.stat().st_size for file in weights))
+    return ModelFiles(path, weights, digest_json(digests))
 
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model")
@@ -166,6 +165,13 @@ def _content_digest(file: Path) -> str:
     blob = file.resolve()
     if blob.parent.name == "blobs" and len(blob.name) == 64:
         return blob.name
+    status = file.stat()
+    return _digest_once(file, status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _digest_once(file: Path, size: int, modified: int) -> str:
+    """The digest of a file of this size and time: a run asks for those of its models many times."""
     return digest_file(file)
 
 
