@@ -267,7 +267,7 @@ def test_the_table_says_how_much_nearer_each_domain_came() -> None:
     assert lines[0].split() == ["domain", "KL", "to", "teacher", "top-1", "agreement", "adapter"]
     assert lines[1].split() == ["cats", "0.750", "→", "0.250", "50%", "→", "90%", "adapters_kd/cats"]
     assert lines[2].split()[0] == "dogs"
-    assert lines[3] == "12 s, peak memory 3.00 GB with the teacher, 1.00 GB with the student, never both"
+    assert lines[3] == "12 s, peak memory 3.00 GB with the teacher and, apart from it, 1.00 GB with the student"
     assert lines[4] == f"2 done, 0 failed. Summary: {SUMMARY}"
 
 

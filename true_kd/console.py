@@ -116,10 +116,9 @@ class LineView:
             self.console.print(results_table(results, "->" if self.console.options.ascii_only else "→"))
             done = [result for result in results if not result.unchanged]
             phases = peak_memory(done)
-            self.say(
-                f"{seconds:.0f} s, peak memory {phases['capture'] / 2**30:.2f} GB with the teacher, "
-                f"{phases['training'] / 2**30:.2f} GB with the student, never both"
-            )
+            named = {"capture": "with the teacher", "training": "with the student"}
+            peaks = [f"{phases[name] / 2**30:.2f} GB {who}" for name, who in named.items() if phases[name]]
+            self.say(f"{seconds:.0f} s" + (f", peak memory {' and, apart from it, '.join(peaks)}" if peaks else ""))
 
     def _is_due(self, stage: str, done: int, total: int) -> bool:
         mark = (stage, done * _LINES_PER_STAGE // max(total, 1))
