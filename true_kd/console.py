@@ -141,7 +141,7 @@ class LiveView(LineView):
             TextColumn("{task.fields[detail]}", table_column=Column(no_wrap=True)),
             TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
         ]
-        if console.width < 90:
+        if console.width < 105:
             del columns[1]
         self._progress = Progress(
             *columns,
@@ -170,7 +170,7 @@ class LiveView(LineView):
 
     def stepped(self, domain: str, step: StepMetrics) -> None:
         """Move the training bar."""
-        self._move(f"{domain} train", step.iteration, self._iters, _short_step(step))
+        self._move(f"{domain} train", step.iteration, self._iters, _short_step(step, self.console.width))
 
     def summed_up(self, results: Sequence[KDResult], seconds: float) -> None:
         """Print the table below the last bar."""
@@ -228,8 +228,9 @@ def _rate(progress: CaptureProgress) -> str:
     return f"{progress.tokens / progress.seconds:,.0f} tok/s"
 
 
-def _short_step(step: StepMetrics) -> str:
-    return f"loss {step.total:.3f} (kd {step.kd:.3f} ce {step.ce:.3f}) {step.tokens_per_second / 1000:.1f}k tok/s"
+def _short_step(step: StepMetrics, width: int) -> str:
+    parts = f" (kd {step.kd:.3f} ce {step.ce:.3f})" if width >= 80 else ""
+    return f"loss {step.total:.3f}{parts} {step.tokens_per_second / 1000:.1f}k tok/s"
 
 
 def _step(step: StepMetrics) -> str:
