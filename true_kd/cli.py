@@ -9,6 +9,7 @@ import typer
 
 from true_kd import __version__
 from true_kd.config import SHORT_NAMES, Override, describe_key
+from true_kd.errors import shared_exit_code
 from true_kd.validation import parse_override
 
 EXIT_CODES = "Exit codes: 0 done, 1 run failed, 2 input, 3 locked, 4 environment, 5 integrity, 130 Ctrl-C."
@@ -176,11 +177,5 @@ def _distill(config: Path | None, named: list[str], everything: bool, overrides:
         for event in pipeline.distill(planned, failures):
             view.show(event)
             if isinstance(event, events.RunFinished):
-                return _exit_code(event.failures)
+                return shared_exit_code(event.failures.values())
     return 1
-
-
-def _exit_code(failures: dict[str, Exception]) -> int:
-    """0 when nothing failed, the code that all failures share, else 1."""
-    codes = {getattr(error, "exit_code", 1) for error in failures.values()}
-    return 0 if not codes else codes.pop() if len(codes) == 1 else 1

@@ -7,7 +7,7 @@ with `exit_code`; anything outside this tree is a bug and keeps its traceback.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
@@ -15,6 +15,12 @@ class TrueKDError(Exception):
     """Base of all errors meant for a person. `exit_code` is what the command line returns."""
 
     exit_code = 1
+
+
+def shared_exit_code(errors: Iterable[Exception]) -> int:
+    """0 for no error, the exit code that all of them share, else 1; that of a bug is 1."""
+    codes = {error.exit_code if isinstance(error, TrueKDError) else 1 for error in errors}
+    return 0 if not codes else codes.pop() if len(codes) == 1 else 1
 
 
 class InputError(TrueKDError):

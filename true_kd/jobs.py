@@ -11,9 +11,8 @@ from true_kd import prompts
 from true_kd.cache import TargetCache
 from true_kd.capture import TeacherPrompt
 from true_kd.config import Override, RunConfig, load_config
-from true_kd.errors import InputError, PromptError, TrueKDError
+from true_kd.errors import InputError, PromptError, TrueKDError, shared_exit_code
 from true_kd.files import digest_json
-from true_kd.models import ModelOptions
 from true_kd.prompts import Prompt
 from true_kd.reporting import FORMAT
 from true_kd.suggest import quote
@@ -25,8 +24,7 @@ class DomainsRefused(TrueKDError):
 
     def __init__(self, failures: Mapping[str, TrueKDError]) -> None:
         super().__init__("\n".join(dict.fromkeys(str(error) for error in failures.values())))
-        codes = {error.exit_code for error in failures.values()}
-        self.exit_code = codes.pop() if len(codes) == 1 else 1
+        self.exit_code = shared_exit_code(failures.values())
 
 
 def refuse(failures: Mapping[str, TrueKDError]) -> NoReturn:
@@ -72,10 +70,10 @@ class Job:
         """Where the domain's adapter goes."""
         return self.config.out_folder / self.domain
 
-    def digest(self, models: Mapping[ModelOptions, str]) -> str:
+    def digest(self, teacher: str, student: str) -> str:
         """What the result depends on: models, prompts and every option but those that say where things lie.
 
-        `models` holds the digest of each model's files.
+        `teacher` and `student` are the digests of their files.
         """
         return digest_json(
             {
@@ -87,8 +85,8 @@ class Job:
                         **{seam: {"model", "revision"} for seam in ("teacher", "student")},
                     },
                 ),
-                "teacher": models[self.config.teacher],
-                "student": models[self.config.student],
+                "teacher": teacher,
+                "student": student,
                 "train": [prompt.identity() for prompt in self.train_prompts],
                 "valid": [prompt.identity() for prompt in self.valid_prompts],
             }

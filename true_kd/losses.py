@@ -134,7 +134,6 @@ def head_losses(
     The gradient treats the head's own parameters as constants, which under LoRA on the body they are; a trained head
     takes `dense_losses`.
     """
-
     sums = LossSums(mx.array(0.0), mx.array(0.0), mx.array(0.0))
     gradients: list[mx.array] = []
     for start in range(0, hidden.shape[0], options.chunk):
@@ -169,7 +168,7 @@ def _chunk_losses(
         return head(states).astype(mx.float32)
 
     logits = float_head(hidden)
-    sums = _sums(logits, labels, targets, options)
+    sums = dense_losses(logits, labels, targets, options)
     mass = mx.sum(targets.weights, axis=-1, keepdims=True)
     rows = mx.arange(hidden.shape[0])
     slope = (alpha * temperature) * mass * mx.softmax(logits / temperature, axis=-1)
@@ -184,10 +183,6 @@ def dense_losses(
     logits: Float[mx.array, "rows vocab"], labels: Int[mx.array, " rows"], targets: TokenTargets, options: LossOptions
 ) -> LossSums:
     """The same sums from logits that are all there, differentiable through the head."""
-    return _sums(logits, labels, targets, options)
-
-
-def _sums(logits: mx.array, labels: mx.array, targets: TokenTargets, options: LossOptions) -> LossSums:
     kd = mx.sum(sparse_kd(logits, targets, options.temperature))
     ce = mx.sum(label_ce(logits, labels))
     return LossSums(options.alpha * kd + (1 - options.alpha) * ce, kd, ce)

@@ -11,6 +11,7 @@ import contextlib
 import time
 import traceback
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
@@ -22,7 +23,6 @@ from true_kd.files import make_folder
 from true_kd.jobs import Job, refuse
 from true_kd.models import (
     ModelOptions,
-    ModelTokenizer,
     check_keys,
     open_skeleton,
     open_tokenizer,
@@ -32,7 +32,7 @@ from true_kd.reporting import KDResult
 from true_kd.student import distill_student
 from true_kd.suggest import quote
 from true_kd.teacher import Teacher, capture_domain
-from true_kd.vocabulary import map_vocabulary
+from true_kd.vocabulary import VocabStrategy, VocabularyMap, map_vocabulary
 
 
 def distill(jobs: Sequence[Job], failures: Mapping[str, TrueKDError] | None = None) -> Iterator[events.Event]:
@@ -97,20 +97,19 @@ def _identify(jobs: Sequence[Job], failures: Mapping[str, TrueKDError]) -> tuple
     Nothing is written and no weights are opened: what cannot work is found before hours are spent on it.
     """
     identified, refused = [], dict(failures)
-    seen: dict[tuple[ModelOptions, str], ModelTokenizer] = {}
+    # Domains mostly share their models: each tokenizer is opened once, and each pair of vocabularies compared once.
+    tokenizer = cache(open_tokenizer)
 
-    def tokenizer(options: ModelOptions, seam: str) -> ModelTokenizer:
-        if (options, seam) not in seen:
-            seen[options, seam] = open_tokenizer(options, seam)
-        return seen[options, seam]
+    @cache
+    def vocabulary(teacher: ModelOptions, student: ModelOptions, strategy: VocabStrategy) -> VocabularyMap:
+        ours, theirs = tokenizer(teacher, "teacher"), tokenizer(student, "student")
+        return map_vocabulary(ours.ids, theirs.ids, ours.size, theirs.size, strategy)
 
     for job in jobs:
         try:
-            teacher, student = tokenizer(job.config.teacher, "teacher"), tokenizer(job.config.student, "student")
-            job.run_digest = job.digest({job.config.teacher: teacher.digest, job.config.student: student.digest})
-            job.vocabulary = map_vocabulary(
-                teacher.ids, student.ids, teacher.size, student.size, job.config.vocab_strategy
-            )
+            teacher, student = job.config.teacher, job.config.student
+            job.run_digest = job.digest(tokenizer(teacher, "teacher").digest, tokenizer(student, "student").digest)
+            job.vocabulary = vocabulary(teacher, student, job.config.vocab_strategy)
             if job.config.lora.keys is not None:
                 check_keys(open_skeleton(job.config.student, "student"), job.config.lora)
             identified.append(job)

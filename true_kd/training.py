@@ -121,7 +121,8 @@ def train(
         if options.grad_clip > 0:
             factor = min(1.0, options.grad_clip / (means[3] + 1e-6))
             gradient = tree_map(lambda leaf, factor=factor: leaf * factor, gradient)
-        optimizer.learning_rate = learning_rate_at(iteration, options)
+        learning_rate = learning_rate_at(iteration, options)
+        optimizer.learning_rate = learning_rate
         optimizer.update(student, gradient)
         mx.eval(student.trainable_parameters(), optimizer.state)
         seconds = time.perf_counter() - start
@@ -131,7 +132,7 @@ def train(
             total=means[0],
             kd=means[1],
             ce=means[2],
-            learning_rate=learning_rate_at(iteration, options),
+            learning_rate=learning_rate,
             grad_norm=means[3],
             response_tokens=tokens,
             padded_tokens=padded,
