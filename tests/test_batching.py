@@ -16,8 +16,8 @@ from pydantic import ValidationError
 
 from true_kd.batching import Batch, BatchOptions, batch_indices, collate, epoch_batches
 from true_kd.examples import Example, make_example
-from true_kd.losses import LossOptions, dense_losses, head_losses
-from true_kd.targets import TargetOptions, encode
+from true_kd.losses import HeadTargets, LossOptions, compute_kd_loss, dense_losses, head_losses, target_kd
+from true_kd.targets import HiddenTargets, SparseTargets, TargetSettings, TeacherHead, encode
 
 VOCAB = 30
 PROMPT_IDS = range(1, 15)
@@ -29,21 +29,38 @@ some_options = st.builds(BatchOptions, batch_size=st.integers(1, 9), bucket=st.i
 seeds = st.integers(0, 2**32 - 1)
 
 
-def draw_example(seed: int, prompt: int, response: int, vocab: int = VOCAB) -> Example:
-    """An example whose prompt and response have no id in common, neither of them the padding's."""
+def draw_example(seed: int, prompt: int, response: int, vocab: int = VOCAB, share: float = 1.0) -> Example:
+    """An example whose prompt and response have no id in common, neither of them the padding's; about a `share` of the
+    response counts."""
     rng = np.random.default_rng(seed)
     opening = rng.choice(PROMPT_IDS, prompt).tolist()
     reply = rng.choice(RESPONSE_IDS, response).astype(np.int32)
     logits = mx.array((3 * rng.normal(size=(response, vocab))).astype(np.float32))
-    options = TargetOptions(threshold=float(rng.choice([0.02, 0.3])))
-    targets = encode(logits, mx.array(reply), rng.random(response, dtype=np.float32), options)
-    example = make_example(opening, reply, targets, f"example {seed}", 1000)
+    settings = TargetSettings("sparse", float(rng.choice([0.02, 0.3])), 2.0, share)
+    targets = encode(logits, mx.array(reply), rng.random(response, dtype=np.float32), settings)
+    kept = np.sort(rng.permutation(response)[: max(1, round(share * response))]).astype(np.int32)
+    example = make_example(opening, reply, targets.take(kept), kept, f"example {seed}", 1000)
     assert example is not None
     return example
 
 
-def draw_examples(lengths: list[tuple[int, int]], vocab: int = VOCAB) -> list[Example]:
-    return [draw_example(seed, prompt, response, vocab) for seed, (prompt, response) in enumerate(lengths)]
+def draw_examples(lengths: list[tuple[int, int]], vocab: int = VOCAB, share: float = 1.0) -> list[Example]:
+    return [draw_example(seed, prompt, response, vocab, share) for seed, (prompt, response) in enumerate(lengths)]
+
+
+TEACHER_WIDTH = 8
+
+
+def teacher_head(vocab: int) -> TeacherHead:
+    weight = mx.random.normal((vocab, TEACHER_WIDTH), key=mx.random.key(0))
+    return TeacherHead(lambda states: states.astype(mx.float32) @ weight.T)
+
+
+def with_hidden_states(examples: list[Example], head: TeacherHead) -> list[Example]:
+    """The examples with a teacher's hidden states for targets."""
+    rng = np.random.default_rng(0)
+    states = [rng.normal(size=(len(example.kept), TEACHER_WIDTH)).astype(np.float16) for example in examples]
+    return [replace(example, targets=HiddenTargets(each, head)) for example, each in zip(examples, states, strict=True)]
 
 
 def kinds_of(examples: list[Example], width: int) -> np.ndarray:
@@ -114,6 +131,50 @@ def test_targets_of_a_batch_are_those_of_its_examples_in_order(temperature: floa
     assert row == len(targets.ids)
 
 
+@checked_often
+@given(lengths=ragged, share=st.sampled_from([0.2, 0.5, 0.9]))
+def test_of_responses_that_count_in_part_only_the_tokens_that_count_are_trained(lengths, share) -> None:
+    examples = draw_examples(lengths, share=share)
+    batch = collate(examples, 2.0)
+    width = batch.tokens.shape[1]
+    expected = [
+        (number * width + len(example.prompt) + at - 1, example.response[at])
+        for number, example in enumerate(examples)
+        for at in example.kept.tolist()
+    ]
+    assert list(zip(np.array(batch.rows).tolist(), np.array(batch.labels).tolist(), strict=True)) == expected
+    following = np.array(batch.tokens).reshape(-1)[np.array(batch.rows) + 1]
+    np.testing.assert_array_equal(following, np.array(batch.labels))
+    assert batch.response_tokens == len(expected) == len(batch.targets.ids)
+    assert batch.sequence_tokens == sum(prompt + response for prompt, response in lengths)
+    np.testing.assert_array_equal(np.array(batch.targets.ids[:, 0]), np.array(batch.labels))
+
+
+def test_a_part_of_a_response_has_the_losses_that_the_whole_has_there() -> None:
+    logits = mx.array(np.random.default_rng(1).normal(size=(10, VOCAB)).astype(np.float32))
+    whole = draw_example(5, 3, 10)
+    kept = np.array([1, 4, 5, 9], dtype=np.int32)
+    part = make_example(whole.prompt.tolist(), whole.response, whole.targets.take(kept), kept, "part", 1000)
+    expected = target_kd(logits, collate([whole], 2.0).targets, 2.0)
+    found = target_kd(logits[mx.array(kept)], collate([part], 2.0).targets, 2.0)
+    np.testing.assert_allclose(np.array(found), np.array(expected)[kept], rtol=1e-6)
+
+
+def test_entries_can_be_weighed_otherwise() -> None:
+    examples = draw_examples([(3, 4), (9, 1), (2, 6)])
+
+    def weigh_drawn(targets: SparseTargets, temperature: float) -> tuple[np.ndarray, np.ndarray]:
+        weights, logprobs = targets.at_temperature(temperature)
+        return np.where(targets.exact, 0.0, weights).astype(np.float32), logprobs
+
+    plain, drawn = collate(examples, 2.0).targets, collate(examples, 2.0, weigh_drawn).targets
+    exact = np.array(drawn.weights) == 0
+    assert exact.any()
+    assert not exact.all()
+    np.testing.assert_array_equal(np.array(drawn.weights), np.where(exact, 0.0, np.array(plain.weights)))
+    np.testing.assert_array_equal(np.array(drawn.ids), np.array(plain.ids))
+
+
 def test_entries_without_an_id_in_the_students_vocabulary_have_no_weight_and_a_harmless_id() -> None:
     examples = draw_examples([(3, 4), (9, 1), (2, 6)])
     id_map = np.where(np.arange(VOCAB) % 2, -1, np.arange(VOCAB)).astype(np.int32)
@@ -124,6 +185,39 @@ def test_entries_without_an_id_in_the_students_vocabulary_have_no_weight_and_a_h
         assert dropped.any()
         np.testing.assert_array_equal(np.array(part.ids), np.where(dropped, 0, whole.ids))
         np.testing.assert_array_equal(np.array(part.weights), np.where(dropped, 0, whole.weights))
+
+
+@pytest.mark.parametrize("share", [0.4, 1.0])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 7.0])
+def test_hidden_states_of_a_batch_are_those_of_its_examples_in_order(temperature: float, share: float) -> None:
+    examples = with_hidden_states(draw_examples([(3, 4), (9, 1), (2, 6)], share=share), teacher_head(VOCAB))
+    batch = collate(examples, temperature)
+    states = np.concatenate([example.targets.states for example in examples])
+    assert isinstance(batch.targets, HeadTargets)
+    assert batch.targets.temperature == temperature
+    assert batch.targets.hidden.dtype == mx.float16
+    np.testing.assert_array_equal(np.array(batch.targets.hidden), states)
+    assert len(batch.rows) == len(batch.labels) == len(states) == batch.response_tokens
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_batch_of_hidden_states_has_the_dense_loss(temperature: float) -> None:
+    head = teacher_head(VOCAB)
+    batch = collate(with_hidden_states(draw_examples([(3, 4), (9, 1), (2, 6)]), head), temperature)
+    student = mx.array(np.random.default_rng(1).normal(size=(11, VOCAB)).astype(np.float32))
+    teacher = head.logprobs(batch.targets.hidden, 1.0)
+    found = mx.mean(target_kd(student, batch.targets, temperature)).item()
+    assert found == pytest.approx(compute_kd_loss(teacher, student, temperature).item(), rel=1e-4)
+
+
+def test_hidden_states_in_the_students_ids_keep_them_in_the_batch() -> None:
+    head, backwards = teacher_head(VOCAB), np.arange(VOCAB, dtype=np.int32)[::-1].copy()
+    examples = with_hidden_states(draw_examples([(3, 4), (9, 1), (2, 6)]), head)
+    mapped = [replace(example, targets=example.targets.with_ids(backwards)) for example in examples]
+    student = mx.array(np.random.default_rng(1).normal(size=(11, VOCAB)).astype(np.float32))
+    plain = target_kd(student, collate(examples, 2.0).targets, 2.0)
+    found = target_kd(student[:, ::-1], collate(mapped, 2.0).targets, 2.0)
+    np.testing.assert_allclose(np.array(found), np.array(plain), rtol=1e-4)
 
 
 def losses_of(student: nn.Module, batch: Batch) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -142,8 +236,11 @@ def losses_of(student: nn.Module, batch: Batch) -> tuple[np.ndarray, dict[str, n
     }
 
 
-def test_padding_and_neighbours_change_neither_losses_nor_gradients(student) -> None:
-    examples = draw_examples([(3, 4), (9, 1), (2, 12), (5, 5)], vocab=320)
+@pytest.mark.parametrize("kind", ["entries", "some tokens", "hidden states"])
+def test_padding_and_neighbours_change_neither_losses_nor_gradients(student, kind: str) -> None:
+    examples = draw_examples([(3, 4), (9, 1), (2, 12), (5, 5)], vocab=320, share=0.4 if kind == "some tokens" else 1.0)
+    if kind == "hidden states":
+        examples = with_hidden_states(examples, teacher_head(320))
     values, gradient = losses_of(student.module, collate(examples, 2.0))
     alone = [losses_of(student.module, collate([example], 2.0)) for example in examples]
     np.testing.assert_allclose(values, sum(part for part, _ in alone), rtol=1e-5)

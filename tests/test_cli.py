@@ -639,6 +639,8 @@ def test_every_flag_goes_over_the_files(cli, project: Path, teacher_folder: Path
         "batch-size": "3",
         "max-seq-length": "48",
         "rank": "3",
+        "cache-bytes": "200",
+        "cache-gb": "1",
         "prompts": "mine",
         "out": "elsewhere",
         "vocab-strategy": "truncate",

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from true_kd.errors import InputError
 from true_kd.examples import Example, TemplateError, make_example, render
 from true_kd.prompts import Prompt
-from true_kd.targets import TargetOptions, TeacherTargets, encode
+from true_kd.targets import HiddenTargets, SparseTargets, TargetSettings, TeacherHead, encode
 
 WHERE = "prompts/math/train.jsonl:12"
 PAD, END = 0, 1
@@ -228,16 +228,33 @@ def test_a_template_error_is_the_users_to_mend() -> None:
 # Examples -----------------------------------------------------------------------------------------------------------
 
 
-def draw_targets(tokens: int) -> TeacherTargets:
+def draw_targets(tokens: int) -> SparseTargets:
     rng = np.random.default_rng(tokens)
     logits = mx.array(rng.normal(size=(tokens, 20)).astype(np.float32))
     labels = mx.array(rng.integers(0, 20, tokens).astype(np.int32))
-    return encode(logits, labels, rng.random(tokens, dtype=np.float32), TargetOptions(threshold=0.1))
+    return encode(logits, labels, rng.random(tokens, dtype=np.float32), TargetSettings("sparse", 0.1, 2.0, 1.0))
+
+
+def all_of(response: int) -> np.ndarray:
+    return np.arange(response, dtype=np.int32)
 
 
 def draw_example(prompt: int, response: int, limit: int = 1000) -> Example | None:
     opening, reply = list(range(100, 100 + prompt)), list(range(200, 200 + response))
-    return make_example(opening, reply, draw_targets(response), WHERE, limit)
+    return make_example(opening, reply, draw_targets(response), all_of(response), WHERE, limit)
+
+
+def draw_part(prompt: int, response: int, kept: list[int], limit: int = 1000) -> Example | None:
+    """An example whose targets are of some tokens of its response."""
+    opening, reply = list(range(100, 100 + prompt)), list(range(200, 200 + response))
+    return make_example(opening, reply, draw_targets(len(kept)), np.array(kept, dtype=np.int32), WHERE, limit)
+
+
+@st.composite
+def some_of_a_response(draw: st.DrawFn) -> tuple[int, list[int]]:
+    """The length of a response, and the tokens of it that count, ascending."""
+    response = draw(st.integers(1, 12))
+    return response, sorted(draw(st.sets(st.integers(0, response - 1), min_size=1)))
 
 
 @settings(max_examples=40, deadline=None)
@@ -267,9 +284,58 @@ def test_truncation_keeps_the_prompt_and_cuts_response_and_targets_together(
     assert example.response.tolist() == list(range(200, 200 + kept))
     assert len(example.targets) == kept
     entries = draw_targets(response).offsets[kept]
-    for name in ("ids", "logprobs", "draws"):
+    for name in ("ids", "logprob_codes", "exact"):
         np.testing.assert_array_equal(getattr(example.targets, name), getattr(draw_targets(response), name)[:entries])
     assert len(example) <= limit
+
+
+@settings(max_examples=60, deadline=None)
+@given(prompt=st.integers(1, 8), part=some_of_a_response())
+def test_of_a_response_that_counts_in_part_the_rest_is_context_alone(prompt: int, part: tuple[int, list[int]]) -> None:
+    response, kept = part
+    example = draw_part(prompt, response, kept)
+    assert example is not None
+    assert len(example) == len(example.tokens) == len(example.loss_mask) == prompt + response
+    assert np.flatnonzero(example.loss_mask).tolist() == [prompt + at for at in kept]
+    assert example.labels.tolist() == [200 + at for at in kept]
+    np.testing.assert_array_equal(example.tokens[example.loss_mask], example.labels)
+    np.testing.assert_array_equal(example.tokens[example.rows + 1], example.labels)
+    assert len(example.rows) == len(example.targets) == len(kept)
+
+
+@settings(max_examples=60, deadline=None)
+@given(prompt=st.integers(1, 8), part=some_of_a_response(), limit=st.integers(1, 20))
+def test_truncation_leaves_the_targets_of_the_tokens_that_are_left(
+    prompt: int, part: tuple[int, list[int]], limit: int
+) -> None:
+    response, kept = part
+    left = [at for at in kept if at < limit - prompt]
+    example = draw_part(prompt, response, kept, limit)
+    if not left:
+        assert example is None
+        return
+    assert example is not None
+    assert example.kept.tolist() == left
+    assert example.response.tolist() == list(range(200, 200 + min(response, limit - prompt)))
+    assert example.labels.tolist() == [200 + at for at in left]
+    np.testing.assert_array_equal(example.targets.labels, draw_targets(len(kept)).labels[: len(left)])
+
+
+def test_a_response_of_which_no_token_that_counts_is_left_gives_no_example() -> None:
+    assert draw_part(5, 6, [3, 5], limit=8) is None
+    example = draw_part(5, 6, [3, 5], limit=9)
+    assert example is not None
+    assert example.labels.tolist() == [203]
+    assert len(example) == 9
+
+
+def test_hidden_states_are_cut_with_the_response() -> None:
+    states = np.arange(12, dtype=np.float16).reshape(4, 3)
+    targets = HiddenTargets(states, TeacherHead(lambda given: given))
+    example = make_example([1, 2], [5, 6, 7, 8, 9], targets, np.array([0, 2, 3, 4], dtype=np.int32), WHERE, 6)
+    assert example is not None
+    assert example.labels.tolist() == [5, 7, 8]
+    np.testing.assert_array_equal(example.targets.states, states[:3])
 
 
 @pytest.mark.parametrize("limit", [3, 4, 5])
@@ -279,18 +345,18 @@ def test_a_prompt_that_leaves_no_room_gives_no_example(limit: int) -> None:
 
 
 def test_without_prompt_or_response_there_is_no_example() -> None:
-    assert make_example([], [1, 2], draw_targets(2), WHERE, 10) is None
-    assert make_example([1, 2], [], draw_targets(1), WHERE, 10) is None
+    assert make_example([], [1, 2], draw_targets(2), all_of(2), WHERE, 10) is None
+    assert make_example([1, 2], [], draw_targets(1), all_of(0), WHERE, 10) is None
 
 
 def test_a_response_may_come_as_an_array() -> None:
-    example = make_example([1], np.array([2, 3], dtype=np.int32), draw_targets(2), WHERE, 10)
+    example = make_example([1], np.array([2, 3], dtype=np.int32), draw_targets(2), all_of(2), WHERE, 10)
     assert example is not None
     assert example.response.tolist() == [2, 3]
     assert example.where == WHERE
 
 
 def test_ids_are_int32_whatever_they_came_as() -> None:
-    example = make_example([1], np.array([2, 3], dtype=np.int64), draw_targets(2), WHERE, 10)
+    example = make_example([1], np.array([2, 3], dtype=np.int64), draw_targets(2), all_of(2), WHERE, 10)
     assert example is not None
     assert example.tokens.dtype == np.int32

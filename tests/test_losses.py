@@ -15,6 +15,8 @@ from jaxtyping import TypeCheckError, config
 from pydantic import ValidationError
 
 from true_kd.losses import (
+    BatchTargets,
+    HeadTargets,
     LossOptions,
     LossSums,
     TokenTargets,
@@ -22,8 +24,9 @@ from true_kd.losses import (
     compute_kd_loss,
     dense_losses,
     head_losses,
-    sparse_kd,
+    target_kd,
 )
+from true_kd.targets import TeacherHead
 
 VOCAB = 40
 every_temperature = pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 10.0])
@@ -272,6 +275,35 @@ def few_entries(seed: int, rows: int, entries: int = 6) -> TokenTargets:
     return TokenTargets(mx.array(ids), mx.array(weights), mx.array(-5 * rng.random((rows, entries)).astype(np.float32)))
 
 
+TEACHER_WIDTH = 24
+
+
+def by_hidden_states(
+    seed: int, rows: int, temperature: float = 2.0, id_map: np.ndarray | None = None, vocab: int = VOCAB
+) -> tuple[HeadTargets, np.ndarray]:
+    """Targets by a teacher's hidden states, and the logits in its own vocabulary that they stand for, float64."""
+    weight = draw_logits(seed, vocab, TEACHER_WIDTH, scale=0.5)
+    states = draw_logits(seed + 1, rows, TEACHER_WIDTH, scale=1.0).astype(np.float16)
+    on_device = mx.array(weight)
+    head = TeacherHead(lambda given: given.astype(mx.float32) @ on_device.T)
+    head = head if id_map is None else head.in_ids(id_map)
+    return HeadTargets(mx.array(states), head, temperature), states.astype(np.float64) @ weight.T.astype(np.float64)
+
+
+def some_hidden_states(seed: int, rows: int) -> HeadTargets:
+    """Targets by hidden states of a teacher that lacks some ids of the student, and has some that the student lacks."""
+    id_map = np.random.default_rng(seed).permutation(50).astype(np.int32) - 5
+    return by_hidden_states(seed, rows, id_map=np.where((id_map >= 0) & (id_map < VOCAB - 3), id_map, -1), vocab=50)[0]
+
+
+every_kind = pytest.mark.parametrize("kind", ["entries", "hidden states"])
+
+
+def draw_targets(kind: str, seed: int, rows: int) -> BatchTargets:
+    """Targets of either kind, whose weights leave some of the mass unassigned."""
+    return few_entries(seed, rows) if kind == "entries" else some_hidden_states(seed, rows)
+
+
 def draw_head(seed: int) -> nn.Linear:
     head = nn.Linear(WIDTH, VOCAB, bias=False)
     head.weight = mx.array(draw_logits(seed, VOCAB, WIDTH, scale=0.5))
@@ -313,14 +345,148 @@ def test_the_fast_path_over_the_whole_vocabulary_is_the_dense_loss(alpha: float,
 def test_sparse_targets_over_the_whole_vocabulary_give_the_float64_kl_of_every_token(
     teacher, student, temperature
 ) -> None:
-    found = sparse_kd(mx.array(student), whole_vocabulary(teacher, temperature), temperature)
+    found = target_kd(mx.array(student), whole_vocabulary(teacher, temperature), temperature)
     expected = reference_kd(teacher, student, temperature)
     np.testing.assert_allclose(np.array(found), expected, rtol=1e-5, atol=3 * rounding(temperature))
 
 
+@every_temperature
+def test_hidden_states_give_the_dense_loss(temperature: float) -> None:
+    targets, teacher = by_hidden_states(4, 9, temperature)
+    student = mx.array(draw_logits(2, 9, VOCAB))
+    found = target_kd(student, targets, temperature)
+    np.testing.assert_allclose(np.array(found), reference_kd(teacher, np.array(student), temperature), rtol=1e-4)
+    dense = compute_kd_loss(mx.array(teacher.astype(np.float32)), student, temperature)
+    assert mx.mean(found).item() == pytest.approx(dense.item(), rel=1e-5)
+
+
+def in_student_ids(teacher: np.ndarray, id_map: np.ndarray, width: int) -> np.ndarray:
+    """A teacher's logits laid out in the student's ids, -inf where there is none."""
+    laid_out = np.full((len(teacher), width), -np.inf)
+    laid_out[:, id_map[id_map >= 0]] = teacher[:, id_map >= 0]
+    return laid_out
+
+
+@every_temperature
+@pytest.mark.parametrize("width", [VOCAB, VOCAB + 7], ids=["as wide", "a wider student"])
+def test_hidden_states_in_permuted_ids_give_the_dense_loss_of_the_permuted_logits(
+    temperature: float, width: int
+) -> None:
+    id_map = np.random.default_rng(0).permutation(width)[:VOCAB].astype(np.int32)
+    targets, teacher = by_hidden_states(4, 9, temperature, id_map)
+    student = mx.array(draw_logits(2, 9, width))
+    found = mx.mean(target_kd(student, targets, temperature)).item()
+    permuted = mx.array(in_student_ids(teacher, id_map, width).astype(np.float32))
+    assert found == pytest.approx(compute_kd_loss(permuted, student, temperature).item(), rel=1e-4)
+
+
+def test_hidden_states_of_a_narrower_teacher_give_the_dense_loss_without_a_map() -> None:
+    targets, teacher = by_hidden_states(4, 9)
+    student = mx.array(draw_logits(2, 9, VOCAB + 7))
+    permuted = mx.array(in_student_ids(teacher, np.arange(VOCAB), VOCAB + 7).astype(np.float32))
+    found = mx.mean(target_kd(student, targets, 2.0)).item()
+    assert found == pytest.approx(compute_kd_loss(permuted, student, 2.0).item(), rel=1e-4)
+
+
+@every_temperature
+@pytest.mark.parametrize("width", [30, VOCAB, VOCAB + 7])
+def test_ids_that_the_student_lacks_are_left_out_and_their_mass_is_not_handed_on(
+    temperature: float, width: int
+) -> None:
+    id_map = np.random.default_rng(0).permutation(VOCAB).astype(np.int32)
+    id_map[(id_map >= 25) | (np.arange(VOCAB) % 4 == 0)] = -1
+    targets, teacher = by_hidden_states(4, 9, temperature, id_map)
+    student = draw_logits(2, 9, width)
+    log_p, log_q = log_softmax(teacher / temperature), log_softmax(student.astype(np.float64) / temperature)
+    shared = id_map >= 0
+    terms = np.exp(log_p[:, shared]) * (log_p[:, shared] - log_q[:, id_map[shared]])
+    found = np.array(target_kd(mx.array(student), targets, temperature))
+    np.testing.assert_allclose(found, temperature**2 * terms.sum(axis=-1), rtol=1e-4, atol=1e-4)
+
+
+@every_temperature
+def test_a_student_that_is_its_teacher_has_no_loss(temperature: float) -> None:
+    targets, teacher = by_hidden_states(4, 9, temperature)
+    found = np.array(target_kd(mx.array(teacher.astype(np.float32)), targets, temperature))
+    np.testing.assert_allclose(found, 0.0, atol=rounding(temperature))
+
+
+@every_kind
+@every_temperature
+def test_the_slope_is_the_derivative_of_the_kl(temperature: float, kind: str) -> None:
+    targets = draw_targets(kind, 4, 9)
+    scaled = mx.array(draw_logits(2, 9, VOCAB)) / temperature
+
+    def kl(scaled: mx.array) -> mx.array:
+        return mx.sum(targets.cross(scaled - mx.logsumexp(scaled, axis=-1, keepdims=True)))
+
+    found = targets.slope(mx.softmax(scaled, axis=-1))
+    np.testing.assert_allclose(np.array(found), np.array(mx.grad(kl)(scaled)), rtol=1e-4, atol=1e-6)
+
+
+def test_entries_of_one_id_add_up() -> None:
+    logprobs = mx.array(log_softmax(draw_logits(2, 1, 5)).astype(np.float32))
+    twice = TokenTargets(mx.array([[3, 1, 1]]), mx.array([[0.5, 0.2, 0.3]]), mx.array([[-0.7, -1.0, -1.0]]))
+    once = TokenTargets(mx.array([[3, 1]]), mx.array([[0.5, 0.5]]), mx.array([[-0.7, -1.0]]))
+    assert twice.cross(logprobs).item() == pytest.approx(once.cross(logprobs).item(), rel=1e-6)
+    np.testing.assert_allclose(*(np.array(each.slope(mx.exp(logprobs))) for each in (twice, once)), atol=1e-7)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize(("rows", "chunk"), [(37, 16), (32, 16), (37, 512), (1, 16)])
+def test_the_fast_path_over_hidden_states_is_the_dense_loss(alpha: float, rows: int, chunk: int) -> None:
+    head, hidden, labels = draw_head(1), draw_hidden(2, rows), draw_labels(3, rows)
+    targets, teacher = by_hidden_states(4, rows)
+    teacher = mx.array(teacher.astype(np.float32))
+
+    def dense(hidden: mx.array) -> mx.array:
+        kd, ce = compute_kd_loss(teacher, head(hidden), 2.0), compute_ce_loss(head(hidden), labels)
+        return rows * (alpha * kd + (1 - alpha) * ce)
+
+    expected, expected_gradient = mx.value_and_grad(dense)(hidden)
+    sums, gradient = head_losses(head, hidden, labels, targets, LossOptions(alpha=alpha, chunk=chunk))
+    assert sums.total.item() == pytest.approx(expected.item(), rel=1e-5)
+    np.testing.assert_allclose(np.array(gradient), np.array(expected_gradient), rtol=1e-3, atol=1e-5)
+
+
+def test_the_teachers_head_gets_no_gradient_and_its_student_does() -> None:
+    weight, hidden = mx.array(draw_logits(5, VOCAB, TEACHER_WIDTH, scale=0.5)), draw_hidden(2, 9)
+    states = mx.array(draw_logits(6, 9, TEACHER_WIDTH))
+
+    def total(student: mx.array) -> mx.array:
+        targets = HeadTargets(states, TeacherHead(lambda given: given @ weight.T), 2.0)
+        return dense_losses(hidden @ student.T, draw_labels(3, 9), targets, LossOptions()).total
+
+    student = draw_head(1).weight
+    gradient = mx.grad(total)(student)
+    assert gradient.shape == student.shape
+    assert mx.abs(gradient).max().item() > 0
+
+
+def test_the_best_entry_is_the_most_likely_of_those_the_student_has() -> None:
+    targets = TokenTargets(
+        ids=mx.array([[7, 2, 9], [0, 4, 0], [5, 6, 0]]),
+        weights=mx.array([[0.3, 0.5, 0.2], [0.0, 0.4, 0.0], [0.1, 0.1, 0.0]]),
+        logprobs=mx.array([[-1.2, -0.7, -1.6], [-0.1, -0.9, 0.0], [-3.0, -2.0, 0.0]]),
+    )
+    assert targets.best().tolist() == [2, 4, 6]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_the_best_of_hidden_states_is_the_most_likely_of_those_the_student_has(temperature: float) -> None:
+    targets, teacher = by_hidden_states(4, 200, temperature)
+    assert targets.best().tolist() == teacher.argmax(axis=-1).tolist()
+    id_map = np.random.default_rng(0).permutation(VOCAB).astype(np.int32)
+    id_map[id_map >= 20] = -1
+    mapped, _ = by_hidden_states(4, 200, temperature, id_map)
+    expected = in_student_ids(teacher, id_map, 20).argmax(axis=-1)
+    assert mapped.best().tolist() == expected.tolist()
+
+
+@every_kind
 @pytest.mark.parametrize("cut", [1, 10, 16, 22])
-def test_splitting_the_rows_changes_nothing(cut: int) -> None:
-    head, hidden, labels, targets = draw_head(1), draw_hidden(2, 23), draw_labels(3, 23), few_entries(4, 23)
+def test_splitting_the_rows_changes_nothing(cut: int, kind: str) -> None:
+    head, hidden, labels, targets = draw_head(1), draw_hidden(2, 23), draw_labels(3, 23), draw_targets(kind, 4, 23)
     options = LossOptions(chunk=16)
     whole, gradient = head_losses(head, hidden, labels, targets, options)
     first, first_gradient = head_losses(head, hidden[:cut], labels[:cut], targets.rows(0, cut), options)
@@ -330,8 +496,9 @@ def test_splitting_the_rows_changes_nothing(cut: int) -> None:
     np.testing.assert_allclose(np.array(joined), np.array(gradient), rtol=1e-4, atol=1e-6)
 
 
-def test_the_chunk_changes_nothing_but_memory() -> None:
-    head, hidden, labels, targets = draw_head(1), draw_hidden(2, 50), draw_labels(3, 50), few_entries(4, 50)
+@every_kind
+def test_the_chunk_changes_nothing_but_memory(kind: str) -> None:
+    head, hidden, labels, targets = draw_head(1), draw_hidden(2, 50), draw_labels(3, 50), draw_targets(kind, 4, 50)
     small, small_gradient = head_losses(head, hidden, labels, targets, LossOptions(chunk=16))
     large, large_gradient = head_losses(head, hidden, labels, targets, LossOptions(chunk=512))
     assert values(small) == pytest.approx(values(large), rel=1e-5)
@@ -352,8 +519,9 @@ def test_entries_of_weight_zero_change_nothing() -> None:
     np.testing.assert_allclose(np.array(gradient), np.array(bare_gradient), rtol=1e-5, atol=1e-6)
 
 
-def test_dense_losses_are_the_fast_path_with_another_way_to_the_gradient() -> None:
-    head, hidden, labels, targets = draw_head(1), draw_hidden(2, 23), draw_labels(3, 23), few_entries(4, 23)
+@every_kind
+def test_dense_losses_are_the_fast_path_with_another_way_to_the_gradient(kind: str) -> None:
+    head, hidden, labels, targets = draw_head(1), draw_hidden(2, 23), draw_labels(3, 23), draw_targets(kind, 4, 23)
     options = LossOptions(temperature=3.0, alpha=0.4, chunk=16)
     sums, gradient = head_losses(head, hidden, labels, targets, options)
     dense = dense_losses(head(hidden), labels, targets, options)
@@ -384,12 +552,13 @@ def test_dense_losses_give_the_head_its_gradient() -> None:
     np.testing.assert_allclose(np.array(gradient)[some], slope(total_of_some, weight[some]), rtol=1e-4, atol=1e-5)
 
 
+@every_kind
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_quantised_head_passes_the_gradient_of_its_unpacked_weights(bits: int) -> None:
+def test_a_quantised_head_passes_the_gradient_of_its_unpacked_weights(bits: int, kind: str) -> None:
     packed = draw_head(1).to_quantized(group_size=32, bits=bits)
     assert isinstance(packed, nn.QuantizedLinear)
     unpacked = mx.dequantize(packed.weight, packed.scales, packed.biases, group_size=32, bits=bits)
-    hidden, labels, targets = draw_hidden(2, 23), draw_labels(3, 23), few_entries(4, 23)
+    hidden, labels, targets = draw_hidden(2, 23), draw_labels(3, 23), draw_targets(kind, 4, 23)
     options = LossOptions(chunk=16)
     sums, gradient = head_losses(packed, hidden, labels, targets, options)
     expected, expected_gradient = head_losses(lambda states: states @ unpacked.T, hidden, labels, targets, options)
@@ -397,12 +566,17 @@ def test_a_quantised_head_passes_the_gradient_of_its_unpacked_weights(bits: int)
     np.testing.assert_allclose(np.array(gradient), np.array(expected_gradient), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(("kind", "arrays"), [("entries", 12), ("hidden states", 18)])
 @pytest.mark.parametrize("training", [False, True], ids=["alone", "within a gradient, as in training"])
-def test_no_array_of_tokens_by_vocabulary_outlives_a_chunk(training: bool) -> None:
+def test_no_array_of_tokens_by_vocabulary_outlives_a_chunk(training: bool, kind: str, arrays: int) -> None:
+    """Of the 32 chunks, so many arrays of one chunk by the vocabulary are there at a time."""
     rows, vocab = 1024, 2048
     head = nn.Linear(WIDTH, vocab, bias=False)
     hidden, labels, targets = draw_hidden(2, rows), draw_labels(3, rows), few_entries(4, rows)
     mx.eval(head.parameters(), hidden, labels, targets.ids, targets.weights, targets.logprobs)
+    if kind == "hidden states":
+        targets = by_hidden_states(4, rows, id_map=np.arange(vocab, dtype=np.int32)[::-1].copy(), vocab=vocab)[0]
+        mx.eval(targets.hidden, targets.rows(0, 1).cross(mx.zeros((1, vocab))))
 
     def objective(hidden: mx.array) -> tuple[mx.array, mx.array]:
         sums, gradient = head_losses(head, mx.stop_gradient(hidden), labels, targets, LossOptions(chunk=32))
@@ -411,11 +585,12 @@ def test_no_array_of_tokens_by_vocabulary_outlives_a_chunk(training: bool) -> No
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     mx.eval(mx.value_and_grad(objective)(hidden) if training else objective(hidden))
-    assert mx.get_peak_memory() - before < rows * vocab * 4 / 2
+    assert mx.get_peak_memory() - before < arrays * 32 * vocab * 4
 
 
-def test_half_precision_states_get_a_gradient_of_their_own_type() -> None:
-    head, labels, targets = draw_head(1), draw_labels(3, 23), few_entries(4, 23)
+@every_kind
+def test_half_precision_states_get_a_gradient_of_their_own_type(kind: str) -> None:
+    head, labels, targets = draw_head(1), draw_labels(3, 23), draw_targets(kind, 4, 23)
     hidden = draw_hidden(2, 23).astype(mx.bfloat16)
     head.weight = head.weight.astype(mx.bfloat16)
     sums, gradient = head_losses(head, hidden, labels, targets, LossOptions(chunk=16))

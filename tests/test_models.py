@@ -24,9 +24,11 @@ from true_kd.models import (
     ModelOptions,
     add_lora,
     describe,
+    load_head,
     open_model,
     open_tokenizer,
     parameter_count,
+    save_head,
     split_head,
     trainable,
 )
@@ -147,6 +149,92 @@ def test_a_head_comes_off_an_adapted_model(student: LanguageModel, keys: tuple[s
     split = split_head(student.module)
     assert split.fast
     assert mx.allclose(split.head(split.body(SOME_TOKENS)), logits_of(student.module), rtol=1e-4, atol=1e-4)
+
+
+# Heads on disk
+
+QUANTISED = {
+    "as it is": None,
+    "4 bits": {"bits": 4, "group_size": 32},
+    "8 bits": {"bits": 8, "group_size": 32},
+    "2 bits": {"bits": 2, "group_size": 32},
+    "mxfp4": {"mode": "mxfp4"},
+    "mxfp8": {"mode": "mxfp8"},
+    "nvfp4": {"mode": "nvfp4"},
+}
+
+
+def head_and_copy(module: nn.Module, folder: Path) -> tuple[mx.array, Callable[[mx.array], mx.array], mx.array]:
+    """Hidden states of a model, its head as it was saved and read again, and the model's own logits."""
+    split = split_head(module)
+    assert split.fast
+    save_head(module, folder / "head.safetensors")
+    return split.body(SOME_TOKENS), load_head(folder / "head.safetensors"), logits_of(module)
+
+
+@pytest.mark.parametrize("packing", QUANTISED.values(), ids=QUANTISED.keys())
+@pytest.mark.parametrize("layer", ["embedding", "linear", "linear with bias"])
+def test_a_saved_head_gives_the_models_logits(tmp_path: Path, layer: str, packing: dict | None) -> None:
+    module = random_module("qwen2", TIED if layer == "embedding" else UNTIED)
+    if layer == "linear with bias":
+        module.lm_head.bias = mx.random.normal((SIZES["vocab_size"],))
+    if packing is not None:
+        nn.quantize(module, **packing)
+    states, head, expected = head_and_copy(module, tmp_path)
+    assert mx.allclose(head(states), expected, rtol=1e-5, atol=1e-5)
+    # As they are stored: 11 bits a number.
+    assert mx.allclose(head(states.astype(mx.float16)).astype(mx.float32), expected, rtol=3e-3, atol=2e-2)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ONE_LINEAR_MAP if kind != "mixtral"])
+def test_the_saved_head_of_any_family_gives_its_logits(tmp_path: Path, kind: str) -> None:
+    states, head, expected = head_and_copy(random_module(*ONE_LINEAR_MAP[kind]), tmp_path)
+    assert mx.allclose(head(states), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("packing", [None, {"bits": 4, "group_size": 32}], ids=["as it is", "4 bits"])
+def test_a_saved_head_of_half_precision_stays_so(tmp_path: Path, dtype: mx.Dtype, packing: dict | None) -> None:
+    module = random_module("qwen2", UNTIED)
+    module.set_dtype(dtype)
+    if packing is not None:
+        nn.quantize(module, **packing)
+    states, head, expected = head_and_copy(module, tmp_path)
+    stored = mx.load(str(tmp_path / "head.safetensors"))
+    assert {array.dtype for array in stored.values()} <= {dtype, mx.uint32}
+    assert mx.allclose(head(states.astype(mx.float16)).astype(mx.float32), expected, rtol=2e-2, atol=5e-2)
+
+
+def test_a_saved_head_takes_no_more_than_its_own_arrays(tmp_path: Path, quantised_folder: Path) -> None:
+    packed, unpacked = (open_quantised(quantised_folder, choice).module for choice in ("never", "always"))
+    sizes = []
+    for module in (packed, unpacked):
+        save_head(module, tmp_path / "head.safetensors")
+        sizes.append((tmp_path / "head.safetensors").stat().st_size)
+    whole = 320 * 32 * 4
+    assert whole < sizes[1] < whole + 300
+    assert sizes[0] < whole / 4, "4 bits, and a scale and a bias of 32 values"
+
+
+def test_a_saved_head_is_the_same_to_the_byte_each_time(tmp_path: Path, student: LanguageModel) -> None:
+    for name in ("one.safetensors", "other.safetensors"):
+        save_head(student.module, tmp_path / name)
+    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "other.safetensors").read_bytes()
+
+
+def test_a_saved_head_does_not_need_its_model(tmp_path: Path, student_folder: Path) -> None:
+    module = open_model(ModelOptions(model=str(student_folder)), "teacher").module
+    states, head, expected = head_and_copy(module, tmp_path)
+    mx.eval(states, expected)
+    module.update(tree_map(mx.zeros_like, module.parameters()))
+    del module
+    assert mx.allclose(head(states), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_without_an_output_layer_has_no_head_to_save(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="output layer"):
+        save_head(nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10)), tmp_path / "head.safetensors")
+    assert not (tmp_path / "head.safetensors").exists()
 
 
 # Adapters

@@ -18,46 +18,53 @@ from mlx.utils import tree_flatten, tree_map
 from true_kd.examples import Example
 from true_kd.losses import LossOptions
 from true_kd.models import LoraOptions, ModelOptions, add_lora, open_model, trainable
-from true_kd.targets import TargetOptions, TeacherTargets, encode
+from true_kd.targets import HiddenTargets, SparseTargets, TargetOptions, TeacherHead, encode
+from true_kd.targets.values import logprob_codes
 from true_kd.training import NonFinite, StepMetrics, TrainingOptions, learning_rate_at, train
 
 TOKENS = 300
 """Ids that examples use; the models have 320 rows."""
 LOSSES = LossOptions()
-EXACT = 255
 
 
-def random_examples(count: int, seed: int = 0) -> list[Example]:
-    """Examples of differing lengths with a random teacher's sparse targets."""
+def random_examples(count: int, seed: int = 0, share: float = 1.0) -> list[Example]:
+    """Examples of differing lengths with a random teacher's sparse targets at a share of their responses."""
     rng = np.random.default_rng(seed)
     examples = []
     for index in range(count):
         prompt, response = rng.integers(6, TOKENS, 3 + index % 4), rng.integers(6, TOKENS, 2 + index % 5)
         logits = mx.array(rng.normal(0, 3, (len(response), 320)).astype(np.float32))
         uniforms = rng.random(len(response), dtype=np.float32)
-        targets = encode(logits, mx.array(response), uniforms, TargetOptions())
-        examples.append(Example(prompt.astype(np.int32), response.astype(np.int32), targets, f"example {index}"))
+        targets = encode(logits, mx.array(response), uniforms, TargetOptions().settings)
+        kept = np.sort(rng.permutation(len(response))[: max(1, round(share * len(response)))]).astype(np.int32)
+        reply = response.astype(np.int32)
+        examples.append(Example(prompt.astype(np.int32), reply, targets.take(kept), kept, f"example {index}"))
     return examples
 
 
-def with_exact_targets(example: Example, vocab: int, seed: int) -> tuple[Example, mx.array]:
-    """The example with a random teacher's whole distribution, and that teacher's log-probabilities."""
-    rng = np.random.default_rng(seed)
-    count = len(example.response)
-    logits = rng.normal(0, 3, (count, vocab))
-    logprobs = (logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))).astype(np.float16)
-    softened = logprobs.astype(np.float64) / LOSSES.temperature
-    targets = TeacherTargets(
-        offsets=np.arange(count + 1, dtype=np.int32) * vocab,
-        ids=np.tile(np.arange(vocab, dtype=np.int32), count),
-        logprobs=logprobs.reshape(-1),
-        draws=np.full(count * vocab, EXACT, dtype=np.uint8),
-        draw_mass=np.zeros(count, dtype=np.float32),
-        log_partition=np.log(np.exp(softened).sum(axis=-1)).astype(np.float32),
-        draw_temperature=LOSSES.temperature,
-    )
-    exact = Example(example.prompt, example.response, targets, example.where)
-    return exact, mx.array(logprobs.astype(np.float32))
+def with_exact_targets(
+    example: Example, vocab: int, seed: int, kind: str = "hidden states"
+) -> tuple[Example, mx.array]:
+    """The example with a random teacher's whole distribution, and its log-probabilities at the loss temperature."""
+    count = len(example.kept)
+    logits = np.random.default_rng(seed).normal(0, 3, (count, vocab))
+    logprobs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    if kind == "hidden states":
+        targets = HiddenTargets(logprobs.astype(np.float16), TeacherHead(lambda states: states))
+        softened = targets.head.logprobs(mx.array(targets.states), LOSSES.temperature)
+    else:
+        targets = SparseTargets(
+            offsets=np.arange(count + 1, dtype=np.int32) * vocab,
+            ids=np.tile(np.arange(vocab, dtype=np.int32), count),
+            logprob_codes=logprob_codes(logprobs.reshape(-1), np.ones(count * vocab, dtype=bool)),
+            exact=np.ones(count * vocab, dtype=bool),
+            tail_codes=np.zeros((count, 5), dtype=np.uint16),
+            draw_temperature=LOSSES.temperature,
+            threshold=0.02,
+            vocab_size=vocab,
+        )
+        softened = mx.array(targets.at_temperature(LOSSES.temperature)[1].reshape(count, vocab))
+    return Example(example.prompt, example.response, targets, example.kept, example.where), softened
 
 
 def adapted(folder: Path, seed: int = 0, **lora: object) -> nn.Module:
@@ -105,10 +112,10 @@ def test_each_term_can_be_trained_alone(student_folder: Path, alpha: float, move
 
 
 def test_a_step_reports_what_it_did(student_folder: Path) -> None:
-    examples = random_examples(4)
+    examples = random_examples(4, share=0.5)
     [step] = run(adapted(student_folder), examples, iters=1, batch_size=2, accumulate=2)
     assert step.iteration == 1
-    assert step.response_tokens == sum(len(example.response) for example in examples)
+    assert step.response_tokens == sum(len(example.kept) for example in examples) < sum(map(len, examples))
     assert sum(map(len, examples)) <= step.padded_tokens <= 4 * max(map(len, examples))
     assert step.total == pytest.approx(LOSSES.alpha * step.kd + (1 - LOSSES.alpha) * step.ce, rel=1e-5)
     assert 0 < step.tokens_per_second <= step.padded_tokens / step.seconds
@@ -157,17 +164,16 @@ def test_the_loss_does_not_depend_on_the_chunk(student_folder: Path) -> None:
 
 
 def reference_gradient(module: nn.Module, examples: Sequence[Example], teachers: Sequence[mx.array]) -> dict:
-    """Of the objective over response tokens, on dense logits of one unpadded example at a time."""
-    tokens = sum(len(example.response) for example in examples)
+    """Of the objective over the tokens that count, on dense logits of one unpadded example at a time."""
+    tokens = sum(len(example.kept) for example in examples)
     temperature = LOSSES.temperature
 
     def objective() -> mx.array:
         total = mx.array(0.0)
-        for example, teacher in zip(examples, teachers, strict=True):
+        for example, soft in zip(examples, teachers, strict=True):
             logits = module(mx.array(example.tokens)[None])[0]
-            logits = logits[len(example.prompt) - 1 : -1]
-            ce = mx.sum(nn.losses.cross_entropy(logits, mx.array(example.response)))
-            soft = teacher / temperature - mx.logsumexp(teacher / temperature, axis=-1, keepdims=True)
+            logits = logits[len(example.prompt) - 1 : -1][mx.array(example.kept)]
+            ce = mx.sum(nn.losses.cross_entropy(logits, mx.array(example.response[example.kept])))
             student = logits / temperature - mx.logsumexp(logits / temperature, axis=-1, keepdims=True)
             kd = temperature**2 * mx.sum(mx.exp(soft) * (soft - student))
             total = total + LOSSES.alpha * kd + (1 - LOSSES.alpha) * ce
@@ -219,12 +225,28 @@ def untied_folder(student_folder: Path, tmp_path_factory: pytest.TempPathFactory
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join([value.get("type", ""), *value.get("keys", ())]),
 )
-def test_the_gradient_is_that_of_the_dense_objective(request: pytest.FixtureRequest, model: str, lora: dict) -> None:
+@pytest.mark.parametrize("kind", ["entries", "hidden states"])
+def test_the_gradient_is_that_of_the_dense_objective(
+    request: pytest.FixtureRequest, model: str, lora: dict, kind: str
+) -> None:
     module = adapted(request.getfixturevalue(model), **lora)
     # A fresh adapter's lora_b is zero, and with it the gradient of lora_a.
     module.update(tree_map(lambda value: value + 0.02 * mx.random.normal(value.shape), module.trainable_parameters()))
-    pairs = [with_exact_targets(example, 320, index) for index, example in enumerate(random_examples(3))]
+    pairs = [with_exact_targets(example, 320, index, kind) for index, example in enumerate(random_examples(3))]
     examples, teachers = [example for example, _ in pairs], [teacher for _, teacher in pairs]
+    expected = flat(reference_gradient(module, examples, teachers))
+    found, norm = gradient_of_training(module, examples)
+    assert norm == pytest.approx(np.linalg.norm(expected), rel=1e-3)
+    assert cosine(found, expected) > 0.999
+
+
+@pytest.mark.parametrize("kind", ["entries", "hidden states"])
+def test_tokens_of_the_response_that_do_not_count_add_nothing_to_the_gradient(student_folder: Path, kind: str) -> None:
+    module = adapted(student_folder)
+    drawn = random_examples(4, share=0.5)
+    pairs = [with_exact_targets(example, 320, index, kind) for index, example in enumerate(drawn)]
+    examples, teachers = [example for example, _ in pairs], [teacher for _, teacher in pairs]
+    assert any(len(example.kept) < len(example.response) for example in examples)
     expected = flat(reference_gradient(module, examples, teachers))
     found, norm = gradient_of_training(module, examples)
     assert norm == pytest.approx(np.linalg.norm(expected), rel=1e-3)

@@ -6,7 +6,7 @@ Within an epoch every example comes exactly once, the last partial batch include
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -15,8 +15,9 @@ from jaxtyping import Int
 from pydantic import Field
 
 from true_kd.examples import Example
-from true_kd.losses import TokenTargets
+from true_kd.losses import BatchTargets, HeadTargets, TokenTargets
 from true_kd.options import Options, PositiveInt
+from true_kd.targets import HiddenTargets, SparseTargets
 
 
 class BatchOptions(Options):
@@ -32,14 +33,14 @@ class BatchOptions(Options):
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded sequences and, flattened over the batch, their R response tokens."""
+    """Padded sequences and, flattened over the batch, their R response tokens that count."""
 
     tokens: Int[mx.array, "batch sequence"]
     """Right-padded with id 0: under causal attention padding on the right reaches nothing before it."""
     rows: Int[mx.array, " rows"]
     """Positions in the flattened `tokens` that predict a response token."""
     labels: Int[mx.array, " rows"]
-    targets: TokenTargets
+    targets: BatchTargets
     response_tokens: int
     sequence_tokens: int
     """Prompt and response tokens, without padding."""
@@ -69,27 +70,38 @@ def batch_indices(lengths: Sequence[int], options: BatchOptions, seed: int, step
     return epoch_batches(lengths, options, seed, epoch)[position]
 
 
-def collate(examples: Sequence[Example], temperature: float) -> Batch:
-    """Pad examples to one length, and lay out their targets at the loss temperature."""
+Weigh = Callable[[SparseTargets, float], tuple[np.ndarray, np.ndarray]]
+"""Weights and log-probabilities of sparse entries at a temperature."""
+
+
+def collate(examples: Sequence[Example], temperature: float, weigh: Weigh = SparseTargets.at_temperature) -> Batch:
+    """Pad examples to one length, and lay out their targets at the loss temperature, weighed by `weigh`."""
     width = max(len(example) for example in examples)
     tokens = np.zeros((len(examples), width), dtype=np.int32)
     for index, example in enumerate(examples):
         tokens[index, : len(example)] = example.tokens
     rows = np.concatenate([example.rows + index * width for index, example in enumerate(examples)])
-    labels = np.concatenate([example.response for example in examples])
+    labels = np.concatenate([example.labels for example in examples])
     return Batch(
         tokens=mx.array(tokens),
         rows=mx.array(rows.astype(np.int32)),
         labels=mx.array(labels),
-        targets=_pad_targets(examples, temperature),
+        targets=_lay_out(examples, temperature, weigh),
         response_tokens=len(labels),
         sequence_tokens=sum(len(example) for example in examples),
         padded_tokens=tokens.size,
     )
 
 
-def _pad_targets(examples: Sequence[Example], temperature: float) -> TokenTargets:
-    softened = [example.targets.at_temperature(temperature) for example in examples]
+def _lay_out(examples: Sequence[Example], temperature: float, weigh: Weigh) -> BatchTargets:
+    first = examples[0].targets
+    if isinstance(first, HiddenTargets):
+        states = np.concatenate([example.targets.states for example in examples])
+        return HeadTargets(mx.array(states), first.head, temperature)
+    return _pad_targets(examples, [weigh(example.targets, temperature) for example in examples])
+
+
+def _pad_targets(examples: Sequence[Example], softened: Sequence[tuple[np.ndarray, np.ndarray]]) -> TokenTargets:
     counts = np.concatenate([np.diff(example.targets.offsets) for example in examples])
     filled = np.arange(counts.max(initial=1))[None] < counts[:, None]
 

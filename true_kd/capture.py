@@ -1,19 +1,22 @@
 """The teacher answers every prompt once; its distribution at each response token goes to the cache.
 
 Where a prompt brings a completion, the teacher scores that; elsewhere it writes the reply itself, in batches, and the
-distribution is taken from the very logits of the decoding step. What the cache holds already is not done again.
+distribution is taken from the very logits of the decoding steps. What the cache holds already is not done again.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import PurePath
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from true_kd.cache import CachedReply, CacheIdentity, TargetCache, reply_key
+from true_kd.cache import CacheIdentity, TargetCache, reply_key
+from true_kd.errors import ModelError
 from true_kd.examples import Rendered, render
 from true_kd.models import (
     LanguageModel,
@@ -21,13 +24,16 @@ from true_kd.models import (
     SamplingOptions,
     Split,
     generate_replies,
+    save_head,
     seed_of,
     split_head,
     uniforms_of,
 )
 from true_kd.options import PositiveInt
 from true_kd.prompts import Prompt
-from true_kd.targets import TargetOptions, TeacherTargets, encode, join
+from true_kd.shards import CachedReply
+from true_kd.suggest import quote
+from true_kd.targets import HiddenTargets, SparseTargets, TargetSettings, TeacherHead, encode, join
 
 
 class CaptureOptions(SamplingOptions):
@@ -36,7 +42,7 @@ class CaptureOptions(SamplingOptions):
     seed: int = 0
     """Seed of the teacher's sampling; apart from the run's own seed, so that other seeds reuse the cache."""
     shard_prompts: PositiveInt = 64
-    """Replies written to the cache at a time: what a kill can lose."""
+    """Replies written to the cache at a time: what a kill can lose, beside those being written."""
 
 
 @dataclass(frozen=True)
@@ -59,22 +65,24 @@ class TeacherPrompt:
     key: str
 
 
-def teacher_identity(teacher: ModelTokenizer, capture: CaptureOptions, targets: TargetOptions) -> CacheIdentity:
-    """What the targets depend on, besides the tokens that the teacher is given."""
-    return CacheIdentity(
-        {
-            "teacher": teacher.digest,
-            "stop_ids": teacher.stop_ids,
-            "sampling": capture.model_dump(include={"sampling_temperature", "top_p", "max_tokens", "seed"}),
-            "targets": targets.model_dump(),
-        }
-    )
+def teacher_identity(teacher: ModelTokenizer, settings: TargetSettings) -> CacheIdentity:
+    """What the targets of given tokens depend on."""
+    is_folder = teacher.name.startswith(("/", "~", "."))
+    name = PurePath(teacher.name).name if is_folder else teacher.name
+    return CacheIdentity({"teacher": teacher.digest, "targets": asdict(settings)}, {"teacher": name})
 
 
-def render_for(teacher: ModelTokenizer, prompts: Sequence[Prompt]) -> list[TeacherPrompt]:
+def render_for(teacher: ModelTokenizer, prompts: Sequence[Prompt], options: CaptureOptions) -> list[TeacherPrompt]:
     """The prompts as the teacher's tokens, in order."""
+    sampling = sampling_facts(teacher, options)
     rendered = [render(prompt, teacher.tokenizer, teacher.stop_ids, teacher.name) for prompt in prompts]
-    return [TeacherPrompt(item, reply_key(item.prompt, item.response)) for item in rendered]
+    return [TeacherPrompt(item, reply_key(item.prompt, item.response, sampling)) for item in rendered]
+
+
+def sampling_facts(teacher: ModelTokenizer, options: CaptureOptions) -> dict[str, Any]:
+    """What decides the tokens that the teacher writes, given a prompt."""
+    drawn = {"sampling_temperature", "top_p", "seed"} if options.sampling_temperature > 0 else set()
+    return {"stop_ids": teacher.stop_ids, **options.model_dump(include={"max_tokens", *drawn})}
 
 
 def capture(
@@ -82,84 +90,177 @@ def capture(
     prompts: Sequence[TeacherPrompt],
     cache: TargetCache,
     options: CaptureOptions,
-    targets: TargetOptions,
+    settings: TargetSettings,
 ) -> Iterator[CaptureProgress]:
-    """Fill the cache with the replies it lacks, a shard at a time; yields after every decoding step."""
+    """Fill the cache with the replies it lacks, a shard at a time; yields after every decoding step.
+
+    Raises
+    ------
+    ModelError
+        when hidden states are wanted of a teacher whose output head is more than one linear map.
+    """
     missing = {prompt.key: prompt for prompt in prompts if prompt.key not in cache}
     total = len({prompt.key for prompt in prompts})
     done, tokens, start = total - len(missing), 0, time.perf_counter()
-    todo = list(missing.values())
-    split = split_head(teacher.module)
+    scorer = _Scorer(teacher, settings)
+    if settings.kind == "hidden":
+        cache.add_head(lambda path: save_head(teacher.module, path))
     yield CaptureProgress(done, total, 0, 0.0)
-    for at in range(0, len(todo), options.shard_prompts):
-        shard = todo[at : at + options.shard_prompts]
-        replies: dict[str, CachedReply] = {}
-        for item in shard:
-            if item.rendered.response is not None:
-                replies[item.key] = _score(split, item, targets)
-                tokens += len(item.rendered.response)
-                yield CaptureProgress(done + len(replies), total, tokens, time.perf_counter() - start)
-        to_write = [item for item in shard if item.rendered.response is None]
-        recorder = _Recorder([item.key for item in to_write], targets)
-        seeds = [seed_of(f"{options.seed} {item.key}") for item in to_write]
-        if to_write:
-            written = generate_replies(teacher, [item.rendered.prompt for item in to_write], options, seeds)
-            for step, drafts in written:
-                recorder.add(step.index, step.tokens, step.logits)
-                tokens += len(step.tokens)
-                finished = sum(1 for draft in drafts if draft.finished)
-                yield CaptureProgress(done + len(replies) + finished, total, tokens, time.perf_counter() - start)
-            ends = [draft.finished for draft in drafts]
-            replies |= recorder.replies(ends)
-        cache.add(replies)
-        done += len(shard)
+    shard: dict[str, CachedReply] = {}
+    for reply in _all_replies(teacher, list(missing.values()), scorer, options, settings):
+        if isinstance(reply, int):
+            tokens += reply
+        else:
+            shard[reply[0]] = reply[1]
+            done += 1
+            if len(shard) >= options.shard_prompts:
+                cache.add(shard)
+                shard = {}
         yield CaptureProgress(done, total, tokens, time.perf_counter() - start)
+    if shard:
+        cache.add(shard)
+
+
+def _all_replies(
+    teacher: LanguageModel,
+    prompts: Sequence[TeacherPrompt],
+    scorer: _Scorer,
+    options: CaptureOptions,
+    settings: TargetSettings,
+) -> Iterator[int | tuple[str, CachedReply]]:
+    """Keys and replies as they are finished; between them, how many tokens have come since the last."""
+    for item in prompts:
+        if item.rendered.response is not None:
+            yield len(item.rendered.response)
+            yield item.key, scorer.score(item, item.rendered.response, "given")
+    to_write = [item for item in prompts if item.rendered.response is None]
+    if not to_write:
+        return
+    recorder = _Recorder([item.key for item in to_write], settings) if settings.kind == "sparse" else None
+    seeds = [seed_of(f"{options.seed} {item.key}") for item in to_write]
+    for step, drafts in generate_replies(teacher, [item.rendered.prompt for item in to_write], options, seeds):
+        yield len(step.tokens)
+        if recorder:
+            recorder.add(step.index, step.tokens, step.logits)
+        for index in step.index:
+            draft, item = drafts[index], to_write[index]
+            if not draft.finished:
+                continue
+            if recorder:
+                yield item.key, recorder.finish(index, draft.finished)
+            else:
+                yield item.key, scorer.score(item, draft.tokens, draft.finished)
 
 
 class _Recorder:
-    """Collects the targets of replies that are written side by side."""
+    """Collects the targets of replies that are written side by side.
 
-    def __init__(self, keys: list[str], options: TargetOptions) -> None:
+    Logits of several decoding steps are encoded at once: each encoding waits for the device, and the wait is shared.
+    """
+
+    _ROWS = 256
+    _FLOATS = 2**25
+    """Logits held back at most: 128 MiB."""
+
+    def __init__(self, keys: Sequence[str], settings: TargetSettings) -> None:
         self._keys = keys
-        self._options = options
-        self._uniforms = [np.zeros(0, dtype=np.float32) for _ in keys]
-        self._tokens: list[list[int]] = [[] for _ in keys]
-        self._rows: list[list[int]] = [[] for _ in keys]
-        self._steps: list[TeacherTargets] = []
-        self._count = 0
+        self._settings = settings
+        self._pieces: dict[int, list[SparseTargets]] = {}
+        self._tokens: dict[int, list[int]] = {}
+        self._uniforms: dict[int, np.ndarray] = {}
+        self._waiting: list[tuple[int, int, float, mx.array]] = []
 
-    def add(self, index: list[int], tokens: list[int], logits: list[mx.array]) -> None:
-        uniforms = np.array([self._uniform(reply) for reply in index], dtype=np.float32)
-        self._steps.append(encode(mx.stack(logits), mx.array(tokens), uniforms, self._options))
-        for reply, token in zip(index, tokens, strict=True):
-            self._tokens[reply].append(token)
-            self._rows[reply].append(self._count)
-            self._count += 1
+    def add(self, index: Sequence[int], tokens: Sequence[int], logits: Sequence[mx.array]) -> None:
+        for reply, token, row in zip(index, tokens, logits, strict=True):
+            written = self._tokens.setdefault(reply, [])
+            self._waiting.append((reply, token, self._uniform(reply, len(written)), row))
+            written.append(token)
+        if len(self._waiting) >= min(self._ROWS, self._FLOATS // logits[0].size):
+            self._encode()
 
-    def replies(self, ends: list[str]) -> dict[str, CachedReply]:
-        everything = join(self._steps)
-        return {
-            key: CachedReply(np.array(tokens, dtype=np.int32), end, everything.take(np.array(rows)))
-            for key, tokens, rows, end in zip(self._keys, self._tokens, self._rows, ends, strict=True)
-        }
+    def finish(self, reply: int, finished: str) -> CachedReply:
+        """The whole of a reply, which is then forgotten."""
+        if any(waiting[0] == reply for waiting in self._waiting):
+            self._encode()
+        self._uniforms.pop(reply)
+        targets = join(self._pieces.pop(reply))
+        tokens = np.array(self._tokens.pop(reply), dtype=np.int32)
+        return _select(CachedReply(tokens, finished, targets, _all_of(tokens)), _entropies(targets), self._settings)
 
-    def _uniform(self, reply: int) -> float:
-        position = len(self._tokens[reply])
-        if position >= len(self._uniforms[reply]):
-            self._uniforms[reply] = uniforms_of(self._keys[reply], 2 * position + 32)
-        return float(self._uniforms[reply][position])
+    def _encode(self) -> None:
+        replies, tokens, uniforms, logits = zip(*self._waiting, strict=True)
+        self._waiting = []
+        targets = encode(mx.stack(logits), mx.array(tokens), np.array(uniforms, dtype=np.float32), self._settings)
+        of = np.array(replies)
+        for reply in dict.fromkeys(replies):
+            self._pieces.setdefault(reply, []).append(targets.take(np.flatnonzero(of == reply)))
+
+    def _uniform(self, reply: int, position: int) -> float:
+        known = self._uniforms.get(reply)
+        if known is None or position >= len(known):
+            known = self._uniforms[reply] = uniforms_of(self._keys[reply], 2 * position + 32)
+        return float(known[position])
 
 
-def _score(split: Split, item: TeacherPrompt, options: TargetOptions, chunk: int = 256) -> CachedReply:
-    """The teacher's distribution along a reply that the data gives."""
-    response = item.rendered.response or []
-    sequence = mx.array([item.rendered.prompt + response])
-    first = len(item.rendered.prompt) - 1
-    states = split.body(sequence)[0, first : first + len(response)]
-    uniforms = uniforms_of(item.key, len(response))
-    labels = mx.array(response)
-    parts = []
-    for at in range(0, len(response), chunk):
-        rows = slice(at, at + chunk)
-        parts.append(encode(split.head(states[rows]), labels[rows], uniforms[rows], options))
-    return CachedReply(np.array(response, dtype=np.int32), "given", join(parts))
+class _Scorer:
+    """The teacher's distribution along replies that are there already, read in one pass over each."""
+
+    _CHUNK = 256
+
+    def __init__(self, teacher: LanguageModel, settings: TargetSettings) -> None:
+        self._split: Split = split_head(teacher.module)
+        self._settings = settings
+        self._head = TeacherHead(self._split.head)
+        if settings.kind == "hidden" and not self._split.fast:
+            raise ModelError(
+                f"teacher {quote(teacher.name)}: its output head is more than one linear map, expected one for "
+                "targets.preset exact. Choose another preset."
+            )
+
+    def score(self, item: TeacherPrompt, response: Sequence[int], finished: str) -> CachedReply:
+        sequence = mx.array([[*item.rendered.prompt, *response]])
+        first = len(item.rendered.prompt) - 1
+        states = self._split.body(sequence)[0, first : first + len(response)]
+        tokens = np.array(response, dtype=np.int32)
+        chunks = [states[at : at + self._CHUNK] for at in range(0, len(response), self._CHUNK)]
+        if self._settings.kind == "hidden":
+            stored = np.array(states.astype(mx.float16))
+            if not np.isfinite(stored).all():
+                raise ModelError("teacher: a hidden state overflows 16 bits, expected less than 65504. Use preset hot.")
+            reply = CachedReply(tokens, finished, HiddenTargets(stored, self._head), _all_of(tokens))
+            if self._settings.share == 1.0:
+                return reply
+            entropies = np.concatenate([np.array(_logit_entropies(self._split.head(chunk))) for chunk in chunks])
+            return _select(reply, entropies, self._settings)
+        uniforms = uniforms_of(item.key, len(response))
+        parts = []
+        for number, chunk in enumerate(chunks):
+            rows = slice(number * self._CHUNK, number * self._CHUNK + len(chunk))
+            parts.append(encode(self._split.head(chunk), mx.array(tokens[rows]), uniforms[rows], self._settings))
+        targets = join(parts)
+        return _select(CachedReply(tokens, finished, targets, _all_of(tokens)), _entropies(targets), self._settings)
+
+
+def _all_of(tokens: np.ndarray) -> np.ndarray:
+    return np.arange(len(tokens), dtype=np.int32)
+
+
+def _select(reply: CachedReply, entropies: np.ndarray, settings: TargetSettings) -> CachedReply:
+    """The reply with the targets of its most uncertain tokens only: a share of them, one at least."""
+    if settings.share == 1.0:
+        return reply
+    count = max(1, round(settings.share * len(reply.tokens)))
+    kept = np.sort(np.argsort(-entropies, kind="stable")[:count]).astype(np.int32)
+    return CachedReply(reply.tokens, reply.finished, reply.targets.take(kept), kept)
+
+
+def _entropies(targets: SparseTargets) -> np.ndarray:
+    """The teacher's entropy at each token at temperature 1, nats, as the targets estimate it."""
+    weights, logprobs = targets.at_temperature(1.0)
+    return np.bincount(targets.rows, -weights * logprobs, minlength=len(targets))
+
+
+def _logit_entropies(logits: mx.array) -> mx.array:
+    logits = logits.astype(mx.float32)
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    return -mx.sum(mx.exp(logprobs) * logprobs, axis=-1)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from true_kd import __version__
+from true_kd import __version__, cache_cli
 from true_kd.config import SHORT_NAMES, Override, describe_key
 from true_kd.errors import shared_exit_code
 from true_kd.validation import parse_override
@@ -22,6 +22,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(cache_cli.app, name="cache")
 
 # Typer carries its own copy of click from some version on; this is ClickException in either, without importing it.
 _UsageProblem = typer.BadParameter.__mro__[2]
@@ -79,6 +81,8 @@ def distill(
     batch_size: Annotated[int | None, _flag("batch_size", "--batch-size")] = None,
     max_seq_length: Annotated[int | None, _flag("max_seq_length", "--max-seq-length")] = None,
     rank: Annotated[int | None, _flag("rank", "--rank")] = None,
+    cache_bytes: Annotated[float | None, _flag("cache_bytes", "--cache-bytes")] = None,
+    cache_gb: Annotated[float | None, _flag("cache_gb", "--cache-gb")] = None,
     prompts: Annotated[str | None, _flag("prompts", "--prompts")] = None,
     out: Annotated[str | None, _flag("out", "--out")] = None,
     vocab_strategy: Annotated[str | None, _flag("vocab_strategy", "--vocab-strategy")] = None,
@@ -97,6 +101,8 @@ def distill(
         "batch_size": batch_size,
         "max_seq_length": max_seq_length,
         "rank": rank,
+        "cache_bytes": cache_bytes,
+        "cache_gb": cache_gb,
         "prompts": prompts,
         "out": out,
         "vocab_strategy": vocab_strategy,
@@ -104,6 +110,24 @@ def distill(
         "fresh": fresh or None,
     }
     return _distill(config, domain or [], everything, _overrides(flags, sets))
+
+
+@app.command("capture")
+def capture_command(
+    domain: Domains = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every domain that has prompts.")] = False,
+    config: ConfigFile = None,
+    teacher: Annotated[str | None, _flag("teacher", "--teacher")] = None,
+    cache_bytes: Annotated[float | None, _flag("cache_bytes", "--cache-bytes")] = None,
+    cache_gb: Annotated[float | None, _flag("cache_gb", "--cache-gb")] = None,
+    prompts: Annotated[str | None, _flag("prompts", "--prompts")] = None,
+    sets: Sets = None,
+) -> int:
+    """Let the teacher answer and fill the cache, without training: `distill` then finds all it needs there."""
+    from true_kd import pipeline
+
+    flags = {"teacher": teacher, "cache_bytes": cache_bytes, "cache_gb": cache_gb, "prompts": prompts}
+    return _run(pipeline.capture, config, domain or [], everything, _overrides(flags, sets))
 
 
 @app.command()
@@ -165,7 +189,14 @@ def _overrides(flags: dict[str, Any], sets: list[str] | None) -> list[Override]:
 
 
 def _distill(config: Path | None, named: list[str], everything: bool, overrides: list[Override]) -> int:
-    from true_kd import events, jobs, pipeline
+    from true_kd import pipeline
+
+    return _run(pipeline.distill, config, named, everything, overrides)
+
+
+def _run(phase: Any, config: Path | None, named: list[str], everything: bool, overrides: list[Override]) -> int:
+    """Plan the domains, run a generator of events on them, and show what it yields."""
+    from true_kd import events, jobs
     from true_kd.console import make_view
 
     domains = jobs.choose_domains(config, named, everything, overrides)
@@ -174,8 +205,8 @@ def _distill(config: Path | None, named: list[str], everything: bool, overrides:
         jobs.refuse(failures)
     view = make_view()
     with view:
-        for event in pipeline.distill(planned, failures):
+        for event in phase(planned, failures):
             view.show(event)
-            if isinstance(event, events.RunFinished):
+            if isinstance(event, (events.RunFinished, events.CaptureFinished)):
                 return shared_exit_code(event.failures.values())
     return 1

@@ -19,6 +19,7 @@ from true_kd.cache import default_root
 from true_kd.capture import CaptureOptions
 from true_kd.errors import ConfigError
 from true_kd.evaluation import EvaluationOptions
+from true_kd.fidelity import FidelityOptions
 from true_kd.files import expand
 from true_kd.losses import LossOptions
 from true_kd.models import LoraOptions, ModelOptions
@@ -53,6 +54,8 @@ class RunConfig(Options):
     """How the teacher writes its replies."""
     targets: TargetOptions = TargetOptions()
     """How much of the teacher's distribution is kept."""
+    fidelity: FidelityOptions = FidelityOptions()
+    """The certificate of the cached targets."""
     lora: LoraOptions = LoraOptions()
     """The adapter."""
     losses: LossOptions = LossOptions()
@@ -95,6 +98,8 @@ SHORT_NAMES: Mapping[str, KeyPath] = {
     "batch_size": ("training", "batch_size"),
     "max_seq_length": ("training", "max_seq_length"),
     "rank": ("lora", "rank"),
+    "cache_bytes": ("targets", "bytes_per_token"),
+    "cache_gb": ("targets", "gigabytes"),
     "out": ("out",),
     "prompts": ("prompts",),
     "vocab_strategy": ("vocab_strategy",),
@@ -245,12 +250,12 @@ def _read_domain(base: Path, domain: str) -> list[Document]:
 def _by_name(data: Mapping[str, Any]) -> dict[str, Any]:
     """`teacher: NAME` as `teacher: {model: NAME}`, and the same for the student.
 
-    The revision of a model named before goes: it is not this one's.
+    Revision and adapter of a model named before go: they are not this one's.
     """
     spelled = dict(data)
     for seam in _SEAMS:
         if isinstance(spelled.get(seam), str):
-            spelled[seam] = {"model": spelled[seam], "revision": None}
+            spelled[seam] = {"model": spelled[seam], "revision": None, "adapter": None}
     return spelled
 
 

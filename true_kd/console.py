@@ -18,9 +18,11 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from true_kd import events
+from true_kd.budget import BudgetChoice
 from true_kd.capture import CaptureProgress
 from true_kd.errors import TrueKDError
 from true_kd.evaluation import EvalMetrics
+from true_kd.fidelity import Fidelity
 from true_kd.reporting import KDResult, peak_memory
 from true_kd.suggest import printable
 from true_kd.training import StepMetrics
@@ -68,6 +70,19 @@ class LineView:
                     )
                 if data.differing_ids:
                     self.say(f"{domain}: {data.differing_ids:,} ids stand for different tokens in teacher and student")
+            case events.BudgetChosen(choice):
+                self.say(_budget(choice))
+            case events.DomainCaptured(domain, replies, tokens, size, folder):
+                self.say(
+                    f"{domain}: {replies} replies, {tokens:,} tokens, {_size(size)} ({size / tokens:,.0f} bytes/token) "
+                    f"in {folder}"
+                )
+            case events.CaptureFinished(domains, failures, seconds):
+                self.say(f"{len(domains)} captured, {len(failures)} failed, {seconds:.0f} s")
+            case events.Certified(domain, fidelity, poor):
+                self.say(f"{domain}: {_certificate(fidelity)}")
+                if poor:
+                    self.say(f"{domain}: {_worst(fidelity)}")
             case events.Stepped(domain, step):
                 self.stepped(domain, step)
             case events.Validated(domain, validation):
@@ -220,6 +235,34 @@ def results_table(results: Sequence[KDResult], arrow: str = "→") -> Table:
             row.append(f"{match.student:.0%} {arrow} {match.adapted:.0%} ({teacher})" if match else "-")
         table.add_row(*(Text(printable(cell)) for cell in (*row, result.adapter_path)))
     return table
+
+
+def _budget(choice: BudgetChoice) -> str:
+    return (
+        f"cache budget: targets.threshold {choice.settings.threshold:.3g}, about {choice.bytes_per_token:,.0f} "
+        f"bytes/token and {_size(round(1e9 * choice.gigabytes))}, by {choice.tokens:,} tokens of the teacher; "
+        "the certificate of each domain says what it costs"
+    )
+
+
+def _certificate(fidelity: Fidelity) -> str:
+    return (
+        f"targets at T = {fidelity.temperature:g}: gradient {fidelity.angle:.1f}° off (cosine {fidelity.cosine:.4f}), "
+        f"tail mass {fidelity.tail_mass:.1%}, KL floor {fidelity.kl_floor:.1g}, "
+        f"{fidelity.bytes_per_token:,.0f} bytes/token, {_size(fidelity.cache_bytes)}"
+    )
+
+
+def _worst(fidelity: Fidelity) -> str:
+    places = ", ".join(f"{place.where} token {place.token} ({place.tail_mass:.0%})" for place in fidelity.worst)
+    return f"poor targets; most of the distribution is sampled at {places}"
+
+
+def _size(count: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} bytes"
 
 
 def _rate(progress: CaptureProgress) -> str:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from true_kd.cache import CachedReply
 from true_kd.capture import TeacherPrompt
 from true_kd.errors import InputError
 from true_kd.examples import Example, make_example, render
 from true_kd.jobs import Job
-from true_kd.models import LanguageModel
+from true_kd.models import LanguageModel, load_head
 from true_kd.prompts import Prompt
 from true_kd.reporting import DataCounts
+from true_kd.shards import CachedReply
+from true_kd.targets import TeacherHead
 from true_kd.vocabulary import VocabularyMap
 
 
@@ -40,7 +41,9 @@ def build_data(job: Job, student: LanguageModel) -> DomainData:
     """
     targets, config = job.targets, job.config
     keys = [prompt.key for prompt in (*targets.train, *targets.valid)]
-    replies = targets.cache.read(dict.fromkeys(keys))
+    stored = targets.cache.head_path
+    head = TeacherHead(load_head(stored)) if stored else None
+    replies = targets.cache.read(dict.fromkeys(keys), head)
     splits = {
         "train": _Split(job.train_prompts, targets.train),
         "valid": _Split(job.valid_prompts, targets.valid),
@@ -58,13 +61,14 @@ def build_data(job: Job, student: LanguageModel) -> DomainData:
     counts = DataCounts(
         train_examples=len(examples["train"]),
         valid_examples=len(examples["valid"]),
-        train_response_tokens=sum(len(example.response) for example in examples["train"]),
+        train_response_tokens=sum(len(example.kept) for example in examples["train"]),
         train_tokens=sum(len(example) for example in examples["train"]),
         truncated=sum(split.truncated for split in splits.values()),
         dropped=sum(split.too_long + split.unwritable for split in splits.values()),
         cut_replies=sum(replies[key].finished == "length" for key in keys),
         differing_ids=job.vocabulary.differing,
         cache_bytes=targets.cache.size(keys),
+        cache_tokens=sum(len(reply.tokens) for reply in replies.values()),
     )
     return DomainData(examples["train"], examples["valid"], checkable, counts)
 
@@ -85,7 +89,7 @@ class _Split:
         for prompt, asked in zip(self.prompts, self._asked, strict=True):
             reply = _in_student_ids(replies[asked.key], job.vocabulary)
             opening = render(prompt, student.tokenizer, student.stop_ids, student.name).prompt
-            example = reply and make_example(opening, reply.tokens, reply.targets, prompt.where, limit)
+            example = reply and make_example(opening, reply.tokens, reply.targets, reply.kept, prompt.where, limit)
             if not example:
                 self.unwritable += reply is None
                 self.too_long += reply is not None
@@ -100,4 +104,4 @@ def _in_student_ids(reply: CachedReply, vocabulary: VocabularyMap) -> CachedRepl
     tokens = vocabulary.ids[reply.tokens]
     if (tokens < 0).any():
         return None
-    return CachedReply(tokens, reply.finished, reply.targets.with_ids(vocabulary.ids))
+    return replace(reply, tokens=tokens, targets=reply.targets.with_ids(vocabulary.ids))

@@ -51,11 +51,11 @@ class TrueKnowledgeDistiller:
         config = KDConfig() if config is None else config
         if not isinstance(config, RunConfig):
             raise InputError(f"config: {type(config).__name__}, expected a KDConfig. Write KDConfig(iters=100).")
-        # A revision in `config` is that of the model named there.
+        # A revision and an adapter in `config` are those of the model named there.
         models = {
             seam: validate(
                 ModelOptions,
-                {**getattr(config, seam).model_dump(), "model": str(name), "revision": None},
+                {**getattr(config, seam).model_dump(), "model": str(name), "revision": None, "adapter": None},
                 lambda _, seam=seam: f"{seam}_model_id",
             )
             for seam, name in (("teacher", teacher_model_id), ("student", student_model_id))

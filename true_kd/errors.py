@@ -63,6 +63,17 @@ class CacheError(TrueKDError):
     exit_code = 5
 
 
+class PoorTargetsError(InputError):
+    """The cached targets say too little about the teacher to train on."""
+
+    def __init__(self, domain: str, cosine: float, least: float, temperature: float) -> None:
+        super().__init__(
+            f"{domain}: the gradient from the cached targets has a cosine of {cosine:.3f} to that from full logits at "
+            f"temperature {temperature:g}, expected at least {least:g}. Keep more (targets.preset hot, or a smaller "
+            "targets.threshold), lower --temperature, or set fidelity.when_poor=warn."
+        )
+
+
 class LockedError(TrueKDError):
     """Another process works in the same folder. Exit code 3."""
 

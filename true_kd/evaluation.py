@@ -13,7 +13,7 @@ from pydantic import Field
 
 from true_kd.batching import collate
 from true_kd.examples import Example, render
-from true_kd.losses import LossOptions, label_ce, sparse_kd
+from true_kd.losses import LossOptions, label_ce, target_kd
 from true_kd.models import LanguageModel, ModelTokenizer, SamplingOptions, generate_replies, split_head
 from true_kd.options import Options
 from true_kd.prompts import Prompt
@@ -54,22 +54,20 @@ def evaluate(student: nn.Module, examples: Sequence[Example], losses: LossOption
     for start in range(0, len(order), batch_size):
         group = [examples[index] for index in order[start : start + batch_size]]
         soft, plain = collate(group, losses.temperature), collate(group, 1.0)
-        # The teacher's most likely token is the first of its entries with the largest log-probability.
-        entries = mx.where(plain.targets.weights > 0, plain.targets.logprobs, -mx.inf)
-        best = mx.take_along_axis(plain.targets.ids, mx.argmax(entries, axis=-1, keepdims=True), axis=-1)[:, 0]
         states = split.body(soft.tokens)
         states = states.reshape(-1, states.shape[-1])[soft.rows]
         for at in range(0, len(states), losses.chunk):
             rows = slice(at, min(at + losses.chunk, len(states)))
             logits = split.head(states[rows])
+            teacher = plain.targets.rows(rows.start, rows.stop)
             parts = (
-                mx.sum(sparse_kd(logits, soft.targets.rows(rows.start, rows.stop), losses.temperature)),
+                mx.sum(target_kd(logits, soft.targets.rows(rows.start, rows.stop), losses.temperature)),
                 mx.sum(label_ce(logits, soft.labels[rows])),
-                mx.sum(sparse_kd(logits, plain.targets.rows(rows.start, rows.stop), 1.0)),
-                mx.sum(mx.argmax(logits, axis=-1) == best[rows]),
+                mx.sum(target_kd(logits, teacher, 1.0)),
+                mx.sum(mx.argmax(logits, axis=-1) == teacher.best()),
             )
             sums += [part.item() for part in parts]
-    tokens = sum(len(example.response) for example in examples)
+    tokens = sum(len(example.kept) for example in examples)
     kd, ce, kl, agreement = (float(value) for value in sums / tokens)
     return EvalMetrics(
         loss=losses.alpha * kd + (1 - losses.alpha) * ce, kd=kd, ce=ce, kl=kl, top1_agreement=agreement, tokens=tokens

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from true_kd.budget import BudgetChoice
 from true_kd.capture import CaptureProgress
+from true_kd.fidelity import Fidelity
 from true_kd.reporting import DataCounts, KDResult, Validation
 from true_kd.training import StepMetrics
 
@@ -16,6 +18,13 @@ class TeacherOpening:
     """The teacher's weights are about to be loaded, or downloaded where they are not here yet."""
 
     model: str
+
+
+@dataclass(frozen=True)
+class BudgetChosen:
+    """A budget on disk was turned into a threshold of the targets, from a few replies of the teacher."""
+
+    choice: BudgetChoice
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,17 @@ class CaptureReused:
 
 
 @dataclass(frozen=True)
+class DomainCaptured:
+    """All of a domain's targets are in the cache."""
+
+    domain: str
+    replies: int
+    tokens: int
+    cache_bytes: int
+    folder: Path
+
+
+@dataclass(frozen=True)
 class TeacherFreed:
     """The teacher is gone from memory; `active_memory` bytes are still held."""
 
@@ -48,6 +68,15 @@ class TrainingStarted:
     domain: str
     iters: int
     data: DataCounts
+
+
+@dataclass(frozen=True)
+class Certified:
+    """The cached targets were measured against what the full distribution would give."""
+
+    domain: str
+    fidelity: Fidelity
+    poor: bool
 
 
 @dataclass(frozen=True)
@@ -85,6 +114,15 @@ class DomainFailed:
 
 
 @dataclass(frozen=True)
+class CaptureFinished:
+    """The last event of a run that captures only."""
+
+    domains: tuple[str, ...]
+    failures: Mapping[str, Exception]
+    seconds: float
+
+
+@dataclass(frozen=True)
 class RunFinished:
     """All domains are done; the summary is written."""
 
@@ -96,13 +134,17 @@ class RunFinished:
 
 Event = (
     TeacherOpening
+    | BudgetChosen
     | Captured
+    | DomainCaptured
     | CaptureReused
     | TeacherFreed
     | TrainingStarted
+    | Certified
     | Stepped
     | Validated
     | DomainFinished
     | DomainFailed
+    | CaptureFinished
     | RunFinished
 )

@@ -1,8 +1,8 @@
 """From a prompt and a reply to the tokens that are trained.
 
 Owns the chat template's rendering, the next-token shift, truncation, and which tokens count. A token counts when it
-is part of the response, its stop token included; prompt tokens never count. In `text` data every token but the first
-is the response.
+is part of the response, its stop token included, and the cache keeps targets for it; prompt tokens never count. In
+`text` data every token but the first is the response.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, its response and the teacher's targets at each response token."""
+    """A prompt, its response and the teacher's targets at the response tokens that count."""
 
     prompt: Int[np.ndarray, " prompt"]
     response: Int[np.ndarray, " response"]
     targets: TeacherTargets
+    kept: Int[np.ndarray, " counted"]
+    """Positions in the response that count, ascending: all, unless the cache keeps a share of them."""
     where: str
 
     @property
@@ -43,14 +45,21 @@ class Example:
         return np.concatenate([self.prompt, self.response])
 
     @property
-    def rows(self) -> Int[np.ndarray, " response"]:
-        """Positions of `tokens` whose next token is a response token: where the model predicts the response."""
+    def rows(self) -> Int[np.ndarray, " counted"]:
+        """Positions of `tokens` whose next token counts: where the model predicts the response."""
         return np.flatnonzero(self.loss_mask[1:])
 
     @property
+    def labels(self) -> Int[np.ndarray, " counted"]:
+        """The tokens that count."""
+        return self.response[self.kept]
+
+    @property
     def loss_mask(self) -> Bool[np.ndarray, " sequence"]:
-        """True at the tokens that count, which are the response's."""
-        return np.arange(len(self.prompt) + len(self.response)) >= len(self.prompt)
+        """True at the tokens that count, all of which are the response's."""
+        mask = np.zeros(len(self), dtype=bool)
+        mask[len(self.prompt) + self.kept] = True
+        return mask
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
@@ -149,16 +158,19 @@ def make_example(
     prompt: Sequence[int],
     response: Sequence[int] | Int[np.ndarray, " response"],
     targets: TeacherTargets,
+    kept: Int[np.ndarray, " counted"],
     where: str,
     max_seq_length: int,
 ) -> Example | None:
     """An example of at most `max_seq_length` tokens: the response is cut at its end; None where none of it is left."""
     room = max_seq_length - len(prompt)
-    if room <= 0 or not prompt or not len(response):
+    kept = kept[kept < room]
+    if room <= 0 or not prompt or not len(kept):
         return None
     return Example(
         np.asarray(prompt, dtype=np.int32),
         np.asarray(response[:room], dtype=np.int32),
-        targets.take(np.arange(min(room, len(response)))),
+        targets.first(len(kept)),
+        kept,
         where,
     )

@@ -16,6 +16,9 @@ from typing import Any
 from true_kd.errors import EnvironmentProblem, InputError
 from true_kd.suggest import quote
 
+TEMPORARY = ".tmp-"
+"""How the names of files begin that have not got their own yet; where nobody writes, a kill has left them."""
+
 
 class CannotWrite(EnvironmentProblem):
     """A file or folder cannot be written: disk full, no permission, read-only, something else in its place."""
@@ -35,6 +38,9 @@ def expand(name: str, what: str) -> Path:
     """
     try:
         path = Path(name).expanduser()
+        if "\0" in name:
+            # Path.exists takes it for a path of nothing.
+            raise ValueError("embedded null byte")
         path.exists()
     except (RuntimeError, ValueError, OSError) as error:
         reason = getattr(error, "strerror", None) or str(error)
@@ -66,7 +72,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix=path.suffix)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY, suffix=path.suffix)
         os.close(handle)
         temporary = Path(name)
         write(temporary)

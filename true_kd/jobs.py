@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from true_kd import prompts
+from true_kd import prompts, stores
 from true_kd.cache import TargetCache
 from true_kd.capture import TeacherPrompt
 from true_kd.config import Override, RunConfig, load_config
 from true_kd.errors import InputError, PromptError, TrueKDError, shared_exit_code
 from true_kd.files import digest_json
+from true_kd.models import ModelOptions
 from true_kd.prompts import Prompt
 from true_kd.reporting import FORMAT
 from true_kd.suggest import quote
@@ -40,6 +41,34 @@ HELD_OUT = 0.1
 
 
 @dataclass(frozen=True)
+class TeacherSource:
+    """Where a job's teacher is, and what it is called."""
+
+    options: ModelOptions
+    """Those of the config, but for `cache:KEY`: then the path of the stand-in in that cache."""
+    name: str
+    """As the config has it, but for `cache:KEY`: then as it was called where it was captured."""
+
+
+_OF_CACHE = "cache:"
+
+
+def find_teacher(config: RunConfig) -> TeacherSource:
+    """Where the teacher of a config is: it may be the one that a cache's replies are of, without its weights.
+
+    Raises
+    ------
+    TrueKDError
+        when `cache:KEY` is not the start of one cache's key, or that cache is damaged or does not know its teacher.
+    """
+    options = config.teacher
+    if not options.model.startswith(_OF_CACHE):
+        return TeacherSource(options, options.model)
+    path, name = stores.find_teacher(config.cache_folder, options.model.removeprefix(_OF_CACHE))
+    return TeacherSource(options.model_copy(update={"model": str(path)}), name)
+
+
+@dataclass(frozen=True)
 class CapturedTargets:
     """Where the teacher's targets of a job lie, and what capturing them took."""
 
@@ -62,6 +91,7 @@ class Job:
     train_prompts: Sequence[Prompt]
     valid_prompts: Sequence[Prompt]
     run_digest: str = ""
+    teacher: TeacherSource | None = None
     vocabulary: VocabularyMap | None = None
     targets: CapturedTargets | None = None
 
@@ -82,7 +112,7 @@ class Job:
                     mode="json",
                     exclude={
                         **dict.fromkeys(("out", "cache", "fresh", "domains", "prompts"), True),
-                        **{seam: {"model", "revision"} for seam in ("teacher", "student")},
+                        **{seam: {"model", "revision", "adapter"} for seam in ("teacher", "student")},
                     },
                 ),
                 "teacher": teacher,

@@ -12,13 +12,15 @@ of a whole optimizer step happens once, outside. Two forms of the same quantity:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import mlx.core as mx
 from jaxtyping import Float, Int
 from pydantic import Field
 
 from true_kd.options import Fraction, Options, Temperature
+from true_kd.targets import TeacherHead
 
 
 class LossOptions(Options):
@@ -93,6 +95,65 @@ class TokenTargets:
         """The targets of a slice of the tokens."""
         return TokenTargets(self.ids[start:stop], self.weights[start:stop], self.logprobs[start:stop])
 
+    def cross(self, logprobs: Float[mx.array, "rows vocab"]) -> Float[mx.array, " rows"]:
+        """Sum of weights times (the teacher's log-probability less the student's), which is their KL, per token."""
+        return mx.sum(self.weights * (self.logprobs - mx.take_along_axis(logprobs, self.ids, axis=-1)), axis=-1)
+
+    def slope(self, probabilities: Float[mx.array, "rows vocab"]) -> Float[mx.array, "rows vocab"]:
+        """Derivative of `cross` with respect to the student's scaled logits, whose softmax is `probabilities`."""
+        mass = mx.sum(self.weights, axis=-1, keepdims=True)
+        rows = mx.arange(self.ids.shape[0])[:, None]
+        return (mass * probabilities).at[rows, self.ids].subtract(self.weights)
+
+    def best(self) -> Int[mx.array, " rows"]:
+        """The teacher's most likely id at each token, of those the student has."""
+        entries = mx.where(self.weights > 0, self.logprobs, -mx.inf)
+        return mx.take_along_axis(self.ids, mx.argmax(entries, axis=-1, keepdims=True), axis=-1)[:, 0]
+
+
+@dataclass(frozen=True)
+class HeadTargets:
+    """The teacher at R response tokens by its hidden states; its output head gives every logit, a chunk at a time."""
+
+    hidden: Float[mx.array, "rows width"]
+    head: TeacherHead
+    temperature: float
+
+    def rows(self, start: int, stop: int) -> HeadTargets:
+        """The targets of a slice of the tokens."""
+        return replace(self, hidden=self.hidden[start:stop])
+
+    def cross(self, logprobs: Float[mx.array, "rows vocab"]) -> Float[mx.array, " rows"]:
+        """KL per token, over the whole vocabulary; what the student has no id for is left out."""
+        teacher = self._padded(logprobs.shape[-1])
+        probabilities = mx.exp(teacher)
+        return mx.sum(mx.where(probabilities > 0, probabilities * (teacher - logprobs), 0.0), axis=-1)
+
+    def slope(self, probabilities: Float[mx.array, "rows vocab"]) -> Float[mx.array, "rows vocab"]:
+        """Derivative of `cross` with respect to the student's scaled logits, whose softmax is `probabilities`."""
+        teacher = mx.exp(self._padded(probabilities.shape[-1]))
+        return mx.sum(teacher, axis=-1, keepdims=True) * probabilities - teacher
+
+    def best(self) -> Int[mx.array, " rows"]:
+        """The teacher's most likely id at each token, of those the student has."""
+        return mx.argmax(self._logprobs, axis=-1).astype(mx.int32)
+
+    @cached_property
+    def _logprobs(self) -> mx.array:
+        # Read once per chunk: the value and the gradient of the loss share it.
+        return self.head.logprobs(self.hidden, self.temperature)
+
+    def _padded(self, width: int) -> mx.array:
+        """The teacher's log-probabilities with those of ids that only pad the student's head, -inf."""
+        missing = width - self._logprobs.shape[-1]
+        if missing <= 0:
+            return self._logprobs
+        return mx.concatenate([self._logprobs, mx.full((self._logprobs.shape[0], missing), -mx.inf)], axis=-1)
+
+
+BatchTargets = TokenTargets | HeadTargets
+"""The teacher at the counted tokens of a batch."""
+
 
 @dataclass(frozen=True)
 class LossSums:
@@ -103,17 +164,15 @@ class LossSums:
     ce: mx.array
 
 
-def sparse_kd(
-    logits: Float[mx.array, "rows vocab"], targets: TokenTargets, temperature: float
+def target_kd(
+    logits: Float[mx.array, "rows vocab"], targets: BatchTargets, temperature: float
 ) -> Float[mx.array, " rows"]:
-    """T^2 * KL(teacher || student) per token from sparse targets.
+    """T^2 * KL(teacher || student) per token, nats.
 
-    Equals the dense loss when the entries cover the vocabulary; otherwise an unbiased estimate of it, which a single
-    token may take below zero.
+    Equals the dense loss for hidden states, and where sparse entries cover the vocabulary; otherwise it is an unbiased
+    estimate of it, which a single token may take below zero.
     """
-    scaled = logits.astype(mx.float32) / temperature
-    student = mx.take_along_axis(scaled, targets.ids, axis=-1) - mx.logsumexp(scaled, axis=-1, keepdims=True)
-    return temperature**2 * mx.sum(targets.weights * (targets.logprobs - student), axis=-1)
+    return temperature**2 * targets.cross(_log_softmax(logits, temperature))
 
 
 def label_ce(logits: Float[mx.array, "rows vocab"], labels: Int[mx.array, " rows"]) -> Float[mx.array, " rows"]:
@@ -126,7 +185,7 @@ def head_losses(
     head: Callable[[mx.array], mx.array],
     hidden: Float[mx.array, "rows width"],
     labels: Int[mx.array, " rows"],
-    targets: TokenTargets,
+    targets: BatchTargets,
     options: LossOptions,
 ) -> tuple[LossSums, Float[mx.array, "rows width"]]:
     """Sums of the losses over response tokens and the gradient of `total` with respect to their hidden states.
@@ -152,7 +211,7 @@ def _chunk_losses(
     head: Callable[[mx.array], mx.array],
     hidden: mx.array,
     labels: mx.array,
-    targets: TokenTargets,
+    targets: BatchTargets,
     options: LossOptions,
 ) -> tuple[LossSums, mx.array]:
     """One chunk of `head_losses`. With W the sum of a token's weights w, and q the student's softmax:
@@ -169,20 +228,17 @@ def _chunk_losses(
 
     logits = float_head(hidden)
     sums = dense_losses(logits, labels, targets, options)
-    mass = mx.sum(targets.weights, axis=-1, keepdims=True)
-    rows = mx.arange(hidden.shape[0])
-    slope = (alpha * temperature) * mass * mx.softmax(logits / temperature, axis=-1)
+    slope = (alpha * temperature) * targets.slope(mx.softmax(logits / temperature, axis=-1))
     slope = slope + (1 - alpha) * mx.softmax(logits, axis=-1)
-    slope = slope.at[rows[:, None], targets.ids].subtract((alpha * temperature) * targets.weights)
-    slope = slope.at[rows, labels].subtract(1 - alpha)
+    slope = slope.at[mx.arange(hidden.shape[0]), labels].subtract(1 - alpha)
     _, (gradient,) = mx.vjp(float_head, [hidden], [slope])
     return sums, gradient
 
 
 def dense_losses(
-    logits: Float[mx.array, "rows vocab"], labels: Int[mx.array, " rows"], targets: TokenTargets, options: LossOptions
+    logits: Float[mx.array, "rows vocab"], labels: Int[mx.array, " rows"], targets: BatchTargets, options: LossOptions
 ) -> LossSums:
     """The same sums from logits that are all there, differentiable through the head."""
-    kd = mx.sum(sparse_kd(logits, targets, options.temperature))
+    kd = mx.sum(target_kd(logits, targets, options.temperature))
     ce = mx.sum(label_ce(logits, labels))
     return LossSums(options.alpha * kd + (1 - options.alpha) * ce, kd, ce)

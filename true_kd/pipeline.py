@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from true_kd import events, reporting
 from true_kd.errors import InputError, LockedError, TrueKDError
 from true_kd.files import make_folder
-from true_kd.jobs import Job, refuse
+from true_kd.jobs import Job, find_teacher, refuse
 from true_kd.models import (
     ModelOptions,
     check_keys,
@@ -31,7 +31,7 @@ from true_kd.models import (
 from true_kd.reporting import KDResult
 from true_kd.student import distill_student
 from true_kd.suggest import quote
-from true_kd.teacher import Teacher, capture_domain
+from true_kd.teacher import Teacher, capture_domain, choose_targets
 from true_kd.vocabulary import VocabStrategy, VocabularyMap, map_vocabulary
 
 
@@ -67,6 +67,33 @@ def distill(jobs: Sequence[Job], failures: Mapping[str, TrueKDError] | None = No
     yield events.RunFinished(tuple(ledger.results), ledger.failures, summary, seconds)
 
 
+def capture(jobs: Sequence[Job], failures: Mapping[str, TrueKDError] | None = None) -> Iterator[events.Event]:
+    """The teacher's phase alone: fill the cache with every domain's targets, so that students can train later.
+
+    Raises
+    ------
+    TrueKDError
+        when nothing at all can be done.
+    """
+    started = time.perf_counter()
+    ledger = _Ledger()
+    done: list[str] = []
+    jobs, refused = _find_teachers(jobs, failures or {})
+    for domain, error in refused.items():
+        yield ledger.failed(domain, error)
+    for group in _group_by_teacher(jobs):
+        for job in group:
+            make_folder(job.config.cache_folder)
+        for job in (yield from _capture_all(group, ledger)):
+            prompts = {prompt.key for prompt in (*job.targets.train, *job.targets.valid)}
+            cache = job.targets.cache
+            done.append(job.domain)
+            yield events.DomainCaptured(
+                job.domain, len(prompts), cache.count_tokens(prompts), cache.size(prompts), cache.folder
+            )
+    yield events.CaptureFinished(tuple(done), ledger.failures, time.perf_counter() - started)
+
+
 class _Ledger:
     """How the domains of a run ended."""
 
@@ -91,12 +118,29 @@ class _Ledger:
         return events.DomainFailed(domain, error, trace)
 
 
+def _find_teachers(
+    jobs: Sequence[Job], failures: Mapping[str, TrueKDError]
+) -> tuple[list[Job], dict[str, TrueKDError]]:
+    """The jobs that have a teacher, and the errors of the others."""
+    found, refused = [], dict(failures)
+    for job in jobs:
+        try:
+            job.teacher = find_teacher(job.config)
+            found.append(job)
+        except TrueKDError as error:
+            refused[job.domain] = error
+    if not found:
+        refuse(refused)
+    return found, refused
+
+
 def _identify(jobs: Sequence[Job], failures: Mapping[str, TrueKDError]) -> tuple[list[Job], dict[str, TrueKDError]]:
     """The jobs whose models fit together, each with its digest and vocabulary map, and the errors of the others.
 
     Nothing is written and no weights are opened: what cannot work is found before hours are spent on it.
     """
-    identified, refused = [], dict(failures)
+    jobs, refused = _find_teachers(jobs, failures)
+    identified: list[Job] = []
     # Domains mostly share their models: each tokenizer is opened once, and each pair of vocabularies compared once.
     tokenizer = cache(open_tokenizer)
 
@@ -107,7 +151,7 @@ def _identify(jobs: Sequence[Job], failures: Mapping[str, TrueKDError]) -> tuple
 
     for job in jobs:
         try:
-            teacher, student = job.config.teacher, job.config.student
+            teacher, student = job.teacher.options, job.config.student
             job.run_digest = job.digest(tokenizer(teacher, "teacher").digest, tokenizer(student, "student").digest)
             job.vocabulary = vocabulary(teacher, student, job.config.vocab_strategy)
             if job.config.lora.keys is not None:
@@ -158,7 +202,7 @@ def _group_by_teacher(jobs: Sequence[Job]) -> list[list[Job]]:
     """Jobs that share a teacher, in order: it is opened once per group."""
     groups: dict[ModelOptions, list[Job]] = {}
     for job in jobs:
-        groups.setdefault(job.config.teacher, []).append(job)
+        groups.setdefault(job.teacher.options, []).append(job)
     return list(groups.values())
 
 
@@ -167,14 +211,20 @@ def _capture_all(group: Sequence[Job], ledger: _Ledger) -> Generator[events.Even
     mx.reset_peak_memory()
     captured: list[Job] = []
     try:
-        teacher = Teacher(group[0].config.teacher)
+        teacher = Teacher(group[0].teacher.options)
+    except TrueKDError as error:
+        for job in group:
+            yield ledger.failed(job.domain, error)
+        return captured
+    try:
+        settings = yield from choose_targets(group, teacher)
     except TrueKDError as error:
         for job in group:
             yield ledger.failed(job.domain, error)
         return captured
     for job in group:
         try:
-            job.targets = yield from capture_domain(job, teacher)
+            job.targets = yield from capture_domain(job, teacher, settings[job.domain])
             captured.append(job)
         except Exception as error:  # noqa: BLE001 - a domain fails alone, be it by a bug
             yield ledger.failed(job.domain, error)

@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from true_kd import adapters
 from true_kd.backend import versions
 from true_kd.evaluation import EvalMetrics
+from true_kd.fidelity import Fidelity
 from true_kd.files import digest_file, write_json
 from true_kd.training import StepMetrics
 
@@ -51,6 +52,8 @@ class DataCounts:
     """Ids that stand for different tokens in teacher and student; 0 under vocab_strategy match."""
     cache_bytes: int
     """Size of the cache files that hold the domain's targets."""
+    cache_tokens: int = 0
+    """Response tokens of the domain's replies in the cache."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,8 @@ class KDResult:
     trainable_parameters: int
     student_parameters: int
     finished_at: str
+    fidelity: Fidelity | None = None
+    """What the cached targets kept of the teacher; None in files of versions that did not measure it."""
     unchanged: bool = False
     """True when the result is that of an earlier run that this one had no need to repeat."""
     versions: Mapping[str, str] = field(default_factory=dict)

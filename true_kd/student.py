@@ -12,8 +12,9 @@ import mlx.core as mx
 from true_kd import adapters, events, reporting
 from true_kd.backend import versions
 from true_kd.datasets import DomainData, build_data
-from true_kd.errors import ModelError, NonFiniteLossError
+from true_kd.errors import ModelError, NonFiniteLossError, PoorTargetsError
 from true_kd.evaluation import evaluate, exact_match
+from true_kd.fidelity import Fidelity, certify
 from true_kd.files import CannotWrite, write_json
 from true_kd.jobs import Job
 from true_kd.models import LanguageModel, add_lora, open_model, parameter_count, release_memory, trainable
@@ -50,6 +51,11 @@ def distill_student(job: Job) -> Generator[events.Event, None, KDResult]:
     student_parameters = parameter_count(student.module)
     mx.random.seed(config.seed)
     add_lora(student.module, config.lora)
+    fidelity = _certify(job, student, data)
+    clock.stop("evaluation")
+    yield events.Certified(job.domain, fidelity, fidelity.is_poor(config.fidelity))
+    if fidelity.refuses(config.fidelity):
+        raise PoorTargetsError(job.domain, fidelity.cosine, config.fidelity.least_cosine, config.losses.temperature)
     _begin_folder(job)
     run = yield from _train(job, student, data, clock)
 
@@ -63,7 +69,7 @@ def distill_student(job: Job) -> Generator[events.Event, None, KDResult]:
     clock.stop("evaluation")
     result = KDResult(
         domain=job.domain,
-        teacher=config.teacher.model,
+        teacher=job.teacher.name,
         student=config.student.model,
         adapter_path=str(job.folder),
         data=data.counts,
@@ -78,11 +84,25 @@ def distill_student(job: Job) -> Generator[events.Event, None, KDResult]:
         training_peak_memory=mx.get_peak_memory(),
         trainable_parameters=sum(weights.size for weights in run.best_weights.values()),
         student_parameters=student_parameters,
+        fidelity=fidelity,
         finished_at=reporting.now(),
         versions=versions(),
     )
     reporting.write_result(job.folder, result, job.run_digest)
     return result
+
+
+def _certify(job: Job, student: LanguageModel, data: DomainData) -> Fidelity:
+    config = job.config
+    return certify(
+        student.module,
+        data.valid,
+        config.losses,
+        config.training.batch_size,
+        config.fidelity,
+        data.counts.cache_bytes,
+        data.counts.cache_tokens,
+    )
 
 
 @dataclass
@@ -154,7 +174,7 @@ def _save(job: Job, weights: dict[str, mx.array], checkpoint: int | None = None)
     folder = job.folder if checkpoint is None else adapters.checkpoint_folder(job.folder, checkpoint)
     settings = {
         "domain": job.domain,
-        "teacher": config.teacher.model,
+        "teacher": job.teacher.name,
         **config.losses.model_dump(include={"temperature", "alpha"}),
         "iters": config.training.iters,
         "learning_rate": config.training.learning_rate,

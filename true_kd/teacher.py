@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Sequence
+from functools import partial
+from pathlib import Path
 
 import mlx.core as mx
 
 from true_kd import events
-from true_kd.cache import CachedReply, TargetCache
-from true_kd.capture import capture, render_for, teacher_identity
+from true_kd.budget import Demand, choose_settings, demand_path, measure, read_demand, write_demand
+from true_kd.cache import TEACHER, TargetCache
+from true_kd.capture import CaptureOptions, capture, render_for, teacher_identity
+from true_kd.errors import ModelError
 from true_kd.evaluation import EvaluationOptions, score_answers
 from true_kd.jobs import CapturedTargets, Job
-from true_kd.models import LanguageModel, ModelOptions, ModelTokenizer, open_model, open_tokenizer, release_memory
+from true_kd.models import (
+    LanguageModel,
+    ModelOptions,
+    ModelTokenizer,
+    describe,
+    open_model,
+    open_tokenizer,
+    release_memory,
+    save_stand_in,
+)
 from true_kd.prompts import Prompt
+from true_kd.shards import CachedReply
+from true_kd.suggest import quote
+from true_kd.targets import TargetOptions, TargetSettings
 
 
 class Teacher:
@@ -22,6 +38,8 @@ class Teacher:
     def __init__(self, options: ModelOptions) -> None:
         self.options = options
         self.text = open_tokenizer(options, "teacher")
+        self.has_weights = bool(describe(options, "teacher").weights)
+        """False for a teacher that only a cache knows: it says no more than it has said."""
         self._model: LanguageModel | None = None
 
     @property
@@ -42,25 +60,88 @@ class Teacher:
         return opened
 
 
-def capture_domain(job: Job, teacher: Teacher) -> Generator[events.Event, None, CapturedTargets]:
-    """Fill the cache with what it lacks of the teacher's replies to a domain's prompts; returns where they lie."""
+def choose_targets(group: Sequence[Job], teacher: Teacher) -> Generator[events.Event, None, dict[str, TargetSettings]]:
+    """How much each domain keeps: by its own options, or by what a budget allows over all that share it.
+
+    Raises
+    ------
+    InputError
+        when a budget is too small, or was never measured and the teacher's weights are not here.
+    """
+    chosen = {job.domain: job.config.targets.settings for job in group}
+    budgets: dict[tuple[TargetOptions, CaptureOptions], list[Job]] = {}
+    for job in group:
+        if job.config.targets.has_budget:
+            budgets.setdefault((job.config.targets, job.config.capture), []).append(job)
+    for (options, capturing), jobs in budgets.items():
+        asked = [prompt for job in jobs for prompt in (*job.train_prompts, *job.valid_prompts)]
+        prompts = render_for(teacher.text, asked, capturing)
+        root = jobs[0].config.cache_folder
+        path = demand_path(options, capturing, teacher.text, root)
+        demand = _find_demand(path)
+        if demand is None:
+            if not teacher.has_weights:
+                raise ModelError(
+                    f"teacher {quote(jobs[0].config.teacher.model)}: its weights are not here, and no cache knows what "
+                    "it needs of a budget on disk. Capture with a budget where the teacher is, and import that, or set "
+                    "targets.threshold instead."
+                )
+            if not teacher.is_open:
+                yield events.TeacherOpening(teacher.options.model)
+            demand = measure(teacher.open(), prompts, capturing, options.settings)
+            write_demand(path, demand)
+        replies = len({prompt.key for prompt in prompts})
+        choice = choose_settings(options, capturing, teacher.text.size, replies, demand)
+        yield events.BudgetChosen(choice)
+        if teacher.has_weights:
+            # It travels with the replies, so that the budget chooses the same where the teacher is not.
+            kept = TargetCache(root, teacher_identity(teacher.text, choice.settings))
+            kept.keep(path.name, partial(write_demand, demand=demand))
+        chosen.update({job.domain: choice.settings for job in jobs})
+    return chosen
+
+
+def _find_demand(path: Path) -> Demand | None:
+    """A measurement made before, here or where one of the caches here comes from."""
+    places = [path, *sorted(path.parent.glob(f"{'[0-9a-f]' * 16}/{path.name}"))]
+    return next((demand for place in places if (demand := read_demand(place))), None)
+
+
+def capture_domain(
+    job: Job, teacher: Teacher, settings: TargetSettings
+) -> Generator[events.Event, None, CapturedTargets]:
+    """Fill the cache with what it lacks of the teacher's replies to a domain's prompts; returns where they lie.
+
+    Raises
+    ------
+    ModelError
+        when it lacks something, and the teacher's weights are not here.
+    """
     started = time.perf_counter()
     config = job.config
-    cache = TargetCache(config.cache_folder, teacher_identity(teacher.text, config.capture, config.targets))
-    train = render_for(teacher.text, job.train_prompts)
-    valid = render_for(teacher.text, job.valid_prompts)
-    needed = any(prompt.key not in cache for prompt in (*train, *valid))
+    cache = TargetCache(config.cache_folder, teacher_identity(teacher.text, settings))
+    train = render_for(teacher.text, job.train_prompts, config.capture)
+    valid = render_for(teacher.text, job.valid_prompts, config.capture)
+    asked = {prompt.key for prompt in (*train, *valid)}
+    missing = sum(key not in cache for key in asked)
+    headless = settings.kind == "hidden" and cache.head_path is None
+    needed = missing > 0 or headless
+    if needed and not teacher.has_weights:
+        raise _refusal(job, cache, missing, len(asked))
     if needed:
         if not teacher.is_open:
             yield events.TeacherOpening(config.teacher.model)
-        for progress in capture(teacher.open(), [*train, *valid], cache, config.capture, config.targets):
+        model = teacher.open()
+        _keep_teacher(cache, teacher)
+        for progress in capture(model, [*train, *valid], cache, config.capture, settings):
             yield events.Captured(job.domain, progress)
     else:
-        yield events.CaptureReused(job.domain, len({prompt.key for prompt in (*train, *valid)}))
+        _keep_teacher(cache, teacher)
+        yield events.CaptureReused(job.domain, len(asked))
     replies = cache.read(dict.fromkeys(prompt.key for prompt in valid))
     answered = [
-        (prompt, replies[asked.key])
-        for prompt, asked in zip(job.valid_prompts, valid, strict=True)
+        (prompt, replies[given.key])
+        for prompt, given in zip(job.valid_prompts, valid, strict=True)
         if prompt.answer is not None
     ]
     return CapturedTargets(
@@ -71,6 +152,23 @@ def capture_domain(job: Job, teacher: Teacher) -> Generator[events.Event, None, 
         peak_memory=mx.get_peak_memory() if needed else 0,
         exact_match=_score(answered, teacher.text, config.evaluation),
     )
+
+
+def _keep_teacher(cache: TargetCache, teacher: Teacher) -> None:
+    if teacher.has_weights:
+        cache.keep(TEACHER, lambda path: save_stand_in(teacher.options, path))
+
+
+def _refusal(job: Job, cache: TargetCache, missing: int, total: int) -> ModelError:
+    """What to say where a teacher that only a cache knows is asked for more than that."""
+    known, name = Path(job.teacher.options.model).parent.name, cache.folder.name
+    lacks = f"{missing} of the {total} prompts are not" if missing else "its output head is not"
+    if name == known:
+        remedy = "Capture where the teacher is, with these prompts, and import the cache again."
+    else:
+        remedy = f"Set targets as `true-kd cache info {known[:8]}` shows them, or capture so where the teacher is."
+    where = f"in cache {name[:8]}" + ("" if name == known else ", that of this run's targets")
+    return ModelError(f"teacher {quote(job.config.teacher.model)}: its weights are not here, and {lacks} {where}. {remedy}")
 
 
 def _score(

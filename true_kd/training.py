@@ -112,7 +112,7 @@ def train(
             for step in range((iteration - 1) * options.accumulate, iteration * options.accumulate)
         ]
         tokens = sum(batch.response_tokens for batch in batches)
-        sums, gradient = _gradient(student, split, batches, losses, tokens)
+        sums, gradient = sum_gradients(student, split, batches, losses, tokens)
         norm = mx.sqrt(sum(mx.sum(mx.square(leaf)) for _, leaf in tree_flatten(gradient)))
         means = [value.item() for value in (sums.total / tokens, sums.kd / tokens, sums.ce / tokens, norm)]
         for value, what in zip(means, ("the loss", "the KD loss", "the CE loss", "the gradient"), strict=True):
@@ -143,7 +143,7 @@ def train(
         student.train()
 
 
-def _gradient(
+def sum_gradients(
     student: nn.Module, split: Split, batches: Sequence[Batch], losses: LossOptions, tokens: int
 ) -> tuple[LossSums, dict]:
     """Sums of the losses over all micro-batches, and the gradient of their total divided by `tokens`."""

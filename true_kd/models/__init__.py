@@ -12,7 +12,7 @@ from true_kd.models.generation import (
     seed_of,
     uniforms_of,
 )
-from true_kd.models.heads import Split, split_head
+from true_kd.models.heads import Split, load_head, save_head, split_head
 from true_kd.models.lora import (
     LoraOptions,
     add_lora,
@@ -33,9 +33,12 @@ from true_kd.models.opening import (
     open_skeleton,
     open_tokenizer,
     release_memory,
+    save_stand_in,
 )
+from true_kd.models.stand_in import STAND_IN, StandIn, read_stand_in
 
 __all__ = [
+    "STAND_IN",
     "DecodingStep",
     "LanguageModel",
     "LoraOptions",
@@ -45,18 +48,23 @@ __all__ = [
     "Reply",
     "SamplingOptions",
     "Split",
+    "StandIn",
     "add_lora",
     "attach_adapter",
     "check_keys",
     "describe",
     "generate_replies",
+    "load_head",
     "locate",
     "lora_parameters",
     "open_model",
     "open_skeleton",
     "open_tokenizer",
     "parameter_count",
+    "read_stand_in",
     "release_memory",
+    "save_head",
+    "save_stand_in",
     "seed_of",
     "split_head",
     "trainable",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,13 +28,10 @@ def split_head(module: nn.Module) -> Split:
     the split passes whole logits through, which is right but slower and larger.
     """
     inner = getattr(module, "model", None)
-    if inner is None or not callable(inner):
+    layer = _output_layer(module)
+    if inner is None or not callable(inner) or layer is None:
         return Split(module, lambda logits: logits, fast=False)
-    head = getattr(module, "lm_head", None)
-    if head is None and hasattr(inner, "embed_tokens"):
-        head = inner.embed_tokens.as_linear
-    if head is None:
-        return Split(module, lambda logits: logits, fast=False)
+    head = layer.as_linear if hasattr(layer, "as_linear") else layer
     training = module.training
     module.eval()
     probe = mx.array([[1, 2, 3, 4]])
@@ -47,3 +46,42 @@ def split_head(module: nn.Module) -> Split:
     if not agrees:
         return Split(module, lambda logits: logits, fast=False)
     return Split(inner, head, fast=True)
+
+
+def save_head(module: nn.Module, path: Path) -> None:
+    """Write a model's output head, quantised or not, as a safetensors file that `load_head` reads.
+
+    Right for models that `split_head` takes apart, whose head is one linear map.
+    """
+    layer = _output_layer(module)
+    if layer is None:
+        raise ValueError("a model without an output layer of its own")
+    packing = {name: getattr(layer, name) for name in ("group_size", "bits", "mode") if hasattr(layer, name)}
+    arrays = {name: value for name, value in layer.parameters().items() if isinstance(value, mx.array)}
+    mx.save_safetensors(str(path), arrays, metadata={"packing": json.dumps(packing)})
+
+
+def load_head(path: Path) -> Callable[[mx.array], mx.array]:
+    """The output head of a file that `save_head` wrote: hidden states to logits."""
+    arrays, metadata = mx.load(str(path), return_metadata=True)
+    packing = json.loads(metadata["packing"])
+    weight, bias = arrays["weight"], arrays.get("bias")
+    scales = arrays.get("scales")
+
+    def head(states: mx.array) -> mx.array:
+        if scales is None:
+            logits = states.astype(weight.dtype) @ weight.T
+        else:
+            states = states.astype(scales.dtype) if scales.dtype != mx.uint8 else states
+            logits = mx.quantized_matmul(
+                states, weight, scales=scales, biases=arrays.get("biases"), transpose=True, **packing
+            )
+        return logits if bias is None else logits + bias
+
+    return head
+
+
+def _output_layer(module: nn.Module) -> nn.Module | None:
+    """The layer that gives the logits: the head, or the embedding that serves as one."""
+    head = getattr(module, "lm_head", None)
+    return head if head is not None else getattr(getattr(module, "model", None), "embed_tokens", None)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import resource
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,7 +24,9 @@ from pydantic import Field
 from true_kd import pocket
 from true_kd.backend import device_name
 from true_kd.errors import ModelError
-from true_kd.files import digest_file, digest_json
+from true_kd.files import digest_file, digest_json, expand
+from true_kd.models.lora import attach_adapter
+from true_kd.models.stand_in import STAND_IN, TEXT_FILES, TOKENIZERS, read_stand_in, write_stand_in
 from true_kd.options import Options
 from true_kd.suggest import quote
 
@@ -31,9 +35,12 @@ class ModelOptions(Options):
     """Which model, and how it is held in memory."""
 
     model: str = Field(min_length=1)
-    """A hub id, a local folder, or an embedded model such as `pocket:teacher`."""
+    """A hub id, a local folder, or an embedded model such as `pocket:teacher`. For a teacher also `cache:KEY`: as that
+    cache knows it, without its weights."""
     revision: str | None = None
     """A branch, tag or commit of the hub repository."""
+    adapter: str | None = Field(default=None, min_length=1)
+    """An mlx-lm adapter folder that is put on the teacher: what it was fine-tuned to say is what is distilled."""
     dequantize: Literal["auto", "always", "never"] = "auto"
     """Unpack quantised weights on load. `auto` does so on a CPU, where 4-bit arithmetic is some 35 times slower."""
 
@@ -69,7 +76,7 @@ class LanguageModel(ModelTokenizer):
 
 
 def locate(options: ModelOptions, seam: str) -> Path:
-    """The local folder of a model, downloaded from the hub where need be.
+    """The local folder of a model, downloaded from the hub where need be; or a teacher's stand-in, which is a file.
 
     Raises
     ------
@@ -80,6 +87,8 @@ def locate(options: ModelOptions, seam: str) -> Path:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"{seam} {quote(options.model)}: no config.json in this folder, expected an mlx-lm model.")
+        return path
+    if seam == "teacher" and path.name == STAND_IN and path.is_file():
         return path
     looks_local = options.model.startswith((".", "/", "~", pocket.PREFIX)) or options.model.count("/") != 1
     if looks_local or path.exists():
@@ -112,12 +121,18 @@ def _download(options: ModelOptions, seam: str) -> Path:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model's folder, read without opening its weights."""
+    """A model's folder, or its stand-in, read without opening its weights."""
 
     path: Path
     weights: list[Path]
-    digest: str
-    """SHA-256 over the digests of every file that changes what the model says or how it is spoken to."""
+    """None of them for a stand-in."""
+    digests: Mapping[str, str]
+    """SHA-256 of every file that changes what the model says or how it is spoken to, by name."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over `digests`."""
+        return digest_json(dict(self.digests))
 
 
 def describe(options: ModelOptions, seam: str) -> ModelFiles:
@@ -126,38 +141,81 @@ def describe(options: ModelOptions, seam: str) -> ModelFiles:
     Raises
     ------
     ModelError
-        when there is no such model, or it has no safetensors weights.
+        when there is no such model, it has no safetensors weights, or it is a stand-in that cannot be read.
     """
     path = locate(options, seam)
+    if path.is_file():
+        return _describe_stand_in(path, options)
     weights = sorted(path.glob("model*.safetensors"))
     if not weights:
         raise ModelError(
             f"{seam} {quote(options.model)}: no model*.safetensors in {path}, expected safetensors weights."
         )
-    if not any((path / name).is_file() for name in _TOKENIZERS):
+    if not any((path / name).is_file() for name in TOKENIZERS):
         raise ModelError(
-            f"{seam} {quote(options.model)}: no tokenizer in {path}, expected one of {', '.join(_TOKENIZERS)}."
+            f"{seam} {quote(options.model)}: no tokenizer in {path}, expected one of {', '.join(TOKENIZERS)}."
         )
-    texts = [path / name for name in _TEXT_FILES if (path / name).is_file()]
+    texts = [path / name for name in TEXT_FILES if (path / name).is_file()]
     digests = {file.name: _content_digest(file) for file in [*texts, *weights]}
-    return ModelFiles(path, weights, digest_json(digests))
+    if options.adapter is not None:
+        digests["adapter"] = _describe_adapter(options, seam)
+    return ModelFiles(path, weights, digests)
 
 
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model")
+def _describe_stand_in(path: Path, options: ModelOptions) -> ModelFiles:
+    if options.adapter is not None:
+        raise ModelError(
+            f"teacher.adapter {quote(options.adapter)}: given with a teacher whose weights are not here, expected none: "
+            "the one it was captured with is part of it. Leave it out."
+        )
+    try:
+        return ModelFiles(path, [], read_stand_in(path).digests)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"teacher {quote(options.model)}: {error}, expected the {STAND_IN} of a cache. Import it again."
+        ) from error
 
-_TEXT_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+
+def save_stand_in(options: ModelOptions, path: Path) -> None:
+    """Write a teacher's stand-in: `ModelOptions` with its path as the model know all of it but the weights.
+
+    Raises
+    ------
+    ModelError
+        when a file is not what its digest says.
+    """
+    files = describe(options, "teacher")
+    texts = {name: (files.path / name).read_bytes() for name in TEXT_FILES if name in files.digests}
+    write_stand_in(path, texts, {name: found for name, found in files.digests.items() if name not in texts})
+    if read_stand_in(path).digests != files.digests:
+        raise ModelError(
+            f"teacher {quote(options.model)}: a file in {files.path} has changed or is damaged, expected that of its "
+            "digest. Run again, or download it again."
+        )
+
+
+def _describe_adapter(options: ModelOptions, seam: str) -> str:
+    """The digest of an adapter: of its weights, and of the part of its config that says how they are used."""
+    if seam != "teacher":
+        raise ModelError(
+            f"{seam}.adapter: given, expected a plain model that gets a new adapter. Fuse the old one with "
+            "mlx_lm.fuse, and name the fused folder."
+        )
+    folder = expand(options.adapter or "", f"{seam}.adapter")
+    try:
+        config = json.loads((folder / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        used = {name: config.get(name) for name in ("fine_tune_type", "num_layers", "lora_parameters")}
+        return digest_json([used, _content_digest(folder / _ADAPTER_WEIGHTS)])
+    except (OSError, ValueError, AttributeError) as error:
+        reason = getattr(error, "strerror", None) or "not JSON"
+        raise ModelError(
+            f"{seam}.adapter {quote(str(folder))}: cannot be read ({reason}), expected {_ADAPTER_CONFIG} and "
+            f"{_ADAPTER_WEIGHTS} of an mlx-lm adapter. Check the path."
+        ) from error
+
+
+_ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_WEIGHTS = "adapters.safetensors"
 
 
 def _content_digest(file: Path) -> str:
@@ -166,12 +224,12 @@ def _content_digest(file: Path) -> str:
     if blob.parent.name == "blobs" and len(blob.name) == 64:
         return blob.name
     status = file.stat()
-    return _digest_once(file, status.st_size, status.st_mtime_ns)
+    return _digest_once(file, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 @cache
-def _digest_once(file: Path, size: int, modified: int) -> str:
-    """The digest of a file of this size and time: a run asks for those of its models many times."""
+def _digest_once(file: Path, size: int, modified: int, changed: int) -> str:
+    """The digest of a file of this size and these times: a run asks for those of its models many times."""
     return digest_file(file)
 
 
@@ -185,13 +243,24 @@ def open_tokenizer(options: ModelOptions, seam: str) -> ModelTokenizer:
     """
     files = describe(options, seam)
     utils = _mlx_lm_utils()
-    with _loading(options, seam):
-        config = utils.load_config(files.path)
+    with _loading(options, seam), _unpacked(files.path) as folder:
+        config = utils.load_config(folder)
         tokenizer = utils.load_tokenizer(
-            files.path, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id", None)
+            folder, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id", None)
         )
         size = int(config.get("vocab_size") or config["text_config"]["vocab_size"])
     return ModelTokenizer(options.model, tokenizer, size, files.digest)
+
+
+@contextlib.contextmanager
+def _unpacked(path: Path) -> Iterator[Path]:
+    """The folder of a model; for a stand-in one that is gone afterwards."""
+    if path.is_dir():
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="true-kd-") as folder:
+        read_stand_in(path).unpack(Path(folder))
+        yield Path(folder)
 
 
 def open_model(options: ModelOptions, seam: str) -> LanguageModel:
@@ -200,8 +269,14 @@ def open_model(options: ModelOptions, seam: str) -> LanguageModel:
     Raises
     ------
     ModelError
-        when the folder does not hold a model that mlx-lm can load without running code from it.
+        when the folder does not hold a model that mlx-lm can load without running code from it, or the model is a
+        stand-in.
     """
+    if not describe(options, seam).weights:
+        raise ModelError(
+            f"{seam} {quote(options.model)}: its weights are not here, expected them to be opened. Do this where they "
+            "are, and import the cache again."
+        )
     text = open_tokenizer(options, seam)
     utils = _mlx_lm_utils()
     with _loading(options, seam):
@@ -211,9 +286,23 @@ def open_model(options: ModelOptions, seam: str) -> LanguageModel:
         module = utils.dequantize_model(module)
     if on_cpu:
         module.set_dtype(mx.float32)
+    if options.adapter is not None:
+        _put_on(module, options, seam)
+        if on_cpu:
+            module.set_dtype(mx.float32)
     module.eval()
     mx.eval(module.parameters())
     return LanguageModel(text.name, text.tokenizer, text.size, text.digest, module)
+
+
+def _put_on(module: nn.Module, options: ModelOptions, seam: str) -> None:
+    with _loading(options, seam):
+        found, taken = attach_adapter(module, expand(options.adapter or "", f"{seam}.adapter"), _ADAPTER_WEIGHTS)
+    if found != taken:
+        raise ModelError(
+            f"{seam}.adapter {quote(options.adapter or '')}: {len(found)} tensors, expected the {len(taken)} that its "
+            f"config puts on {quote(options.model)}. Choose the adapter of this model."
+        )
 
 
 def open_skeleton(options: ModelOptions, seam: str) -> nn.Module:

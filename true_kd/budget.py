@@ -1,0 +1,152 @@
+"""From a budget on disk to a threshold: how many entries a teacher's own tokens need is measured on a few replies.
+
+The measurement is kept beside the caches, so that an edited prompt does not move the threshold and with it the
+identity of everything captured before.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from true_kd.capture import CaptureOptions, TeacherPrompt, sampling_facts
+from true_kd.errors import InputError
+from true_kd.files import digest_json, write_json
+from true_kd.models import LanguageModel, ModelTokenizer, Reply, generate_replies, seed_of, split_head
+from true_kd.shards import estimate_bytes
+from true_kd.targets import TargetOptions, TargetSettings, count_entries
+
+THRESHOLDS = tuple(0.5 / 2 ** (step / 2) for step in range(19))
+"""The thresholds a budget chooses from, coarsest first: 0.5 to 0.001 in steps of the square root of 2."""
+
+_PROMPTS = 32
+_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Demand:
+    """How much a teacher's replies would take at each of THRESHOLDS."""
+
+    entries: tuple[float, ...]
+    """Mean entries per kept token."""
+    reply_tokens: float
+    """Mean length of a reply."""
+    tokens: int
+    """Tokens it was measured on."""
+
+
+@dataclass(frozen=True)
+class BudgetChoice:
+    """The settings that a budget allows."""
+
+    settings: TargetSettings
+    bytes_per_token: float
+    """As expected."""
+    gigabytes: float
+    """As expected over all replies of the run."""
+    tokens: int
+    """Tokens it was measured on."""
+
+
+def choose_settings(
+    options: TargetOptions, capture: CaptureOptions, vocab_size: int, replies: int, demand: Demand
+) -> BudgetChoice:
+    """The finest settings whose targets fit the budget of `options`, over so many replies.
+
+    Raises
+    ------
+    InputError
+        when no threshold is coarse enough, with the smallest budget that would do.
+    """
+    base = options.settings
+    total_tokens = replies * demand.reply_tokens
+    allowed = math.inf if options.bytes_per_token is None else options.bytes_per_token
+    if options.gigabytes is not None:
+        allowed = min(allowed, options.gigabytes * 1e9 / total_tokens)
+    sizes = [
+        estimate_bytes(entries, base, vocab_size, demand.reply_tokens, capture.shard_prompts)
+        for entries in demand.entries
+    ]
+    fitting = [index for index, size in enumerate(sizes) if size <= allowed]
+    if not fitting:
+        raise InputError(
+            f"cache budget: {allowed:.1f} bytes per token, expected at least {sizes[0]:.1f} for this teacher's replies "
+            f"with targets.draw_temperature={base.draw_temperature:g}. Give more, or draw for a lower temperature."
+        )
+    finest = fitting[-1]
+    settings = replace(base, threshold=THRESHOLDS[finest])
+    return BudgetChoice(settings, sizes[finest], sizes[finest] * total_tokens / 1e9, demand.tokens)
+
+
+def demand_path(options: TargetOptions, capture: CaptureOptions, text: ModelTokenizer, root: Path) -> Path:
+    """Where the measurement of a teacher under these settings is kept, in the folder of all caches."""
+    facts = {
+        "teacher": text.digest,
+        "targets": {**asdict(options.settings), "threshold": None},
+        "sampling": sampling_facts(text, capture),
+        "thresholds": THRESHOLDS,
+    }
+    return root / f"demand-{digest_json(facts)[:16]}.json"
+
+
+def read_demand(path: Path) -> Demand | None:
+    """A measurement made before; None where there is none, or it cannot be read as one."""
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        demand = Demand(
+            tuple(float(value) for value in record["entries"]), float(record["reply_tokens"]), int(record["tokens"])
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    sound = len(demand.entries) == len(THRESHOLDS) and min(*demand.entries, demand.reply_tokens) > 0
+    return demand if sound else None
+
+
+def write_demand(path: Path, demand: Demand) -> None:
+    """Keep a measurement for later runs."""
+    write_json(path, asdict(demand))
+
+
+def measure(
+    teacher: LanguageModel, prompts: Sequence[TeacherPrompt], options: CaptureOptions, base: TargetSettings
+) -> Demand:
+    """Count the entries that some of the prompts' replies need at each threshold."""
+    step = max(1, len(prompts) // _PROMPTS)
+    sample = [*prompts[::step]][:_PROMPTS]
+    given = [prompt for prompt in sample if prompt.rendered.response is not None]
+    asked = [prompt for prompt in sample if prompt.rendered.response is None]
+    counts: list[np.ndarray] = []
+    lengths = [len(prompt.rendered.response or ()) for prompt in given]
+    split = split_head(teacher.module)
+    for prompt in given:
+        response = (prompt.rendered.response or [])[:_TOKENS]
+        first = len(prompt.rendered.prompt) - 1
+        states = split.body(mx.array([[*prompt.rendered.prompt, *response]]))[0, first : first + len(response)]
+        counts.append(_count(split.head(states), mx.array(response), base))
+        if sum(len(count) for count in counts) >= _TOKENS:
+            break
+    if asked:
+        seeds = [seed_of(f"{options.seed} {prompt.key}") for prompt in asked]
+        replies: Sequence[Reply] = ()
+        for made, drafts in generate_replies(teacher, [prompt.rendered.prompt for prompt in asked], options, seeds):
+            replies = drafts
+            if sum(len(count) for count in counts) < 2 * _TOKENS:
+                counts.append(_count(mx.stack(made.logits), mx.array(made.tokens), base))
+        lengths += [len(reply.tokens) for reply in replies]
+    table = np.concatenate(counts)
+    kept = max(1, round(base.share * len(table)))
+    entries = np.sort(table, axis=0)[-kept:].mean(axis=0)
+    return Demand(tuple(float(value) for value in entries), float(np.mean(lengths)), len(table))
+
+
+def _count(logits: mx.array, labels: mx.array, base: TargetSettings) -> np.ndarray:
+    """Entries of each token at each threshold, [tokens, thresholds]."""
+    columns = [count_entries(logits, labels, replace(base, threshold=threshold)) for threshold in THRESHOLDS]
+    return np.stack(columns, axis=1)

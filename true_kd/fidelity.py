@@ -1,0 +1,185 @@
+"""The certificate of a cache: how far its sample is from the full distribution, measured before training.
+
+No teacher is needed. The targets' noise is in plain sight: the drawn entries of a token are an unbiased sample whose
+signs can be flipped at random, which leaves noise of the same size and no signal. One gradient of the flipped
+entries therefore measures, at the run's own student and temperature, how much of the gradient from the cache is
+noise (a half-sample estimate; McCarthy, 1969). `scripts/bench_cache.py` compares it with the angle to full logits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from true_kd.batching import Batch, collate
+from true_kd.examples import Example
+from true_kd.losses import LossOptions, target_kd
+from true_kd.models import split_head
+from true_kd.options import Fraction, Options, PositiveInt
+from true_kd.targets import SparseTargets
+from true_kd.training import sum_gradients
+
+
+class FidelityOptions(Options):
+    """The certificate of the cached targets, made on held-out tokens before training."""
+
+    tokens: PositiveInt = 1000
+    """Held-out response tokens that are looked at."""
+    least_cosine: Fraction = 0.9
+    """Cosine between the gradient from the cache and that from full logits, below which the targets are poor."""
+    when_poor: Literal["refuse", "warn"] = "refuse"
+    """Refuse to train on poor targets, or warn. On fewer than 200 tokens it is a warning: they say too little."""
+
+
+_ENOUGH = 200
+"""Tokens from which on a poor certificate may refuse a run."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """A response token at which the cache says least about the teacher."""
+
+    where: str
+    """The prompt it answers."""
+    token: int
+    """Its place in the response, counted from 0."""
+    tail_mass: float
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """What the cache keeps of the teacher, at the run's temperature, over held-out response tokens."""
+
+    temperature: float
+    tokens: int
+    tail_mass: float
+    """Mean share of the distribution that is sampled, not kept exactly."""
+    kl_floor: float
+    """Standard error that the sample leaves in the mean T^2 KL of these tokens, nats: less than this cannot be seen."""
+    cosine: float
+    """Between the adapter's KD gradient over these tokens from the cache and from full logits, as estimated."""
+    worst: tuple[Position, ...]
+    """The positions with the most tail mass, at most three."""
+    bytes_per_token: float
+    cache_bytes: int
+
+    @property
+    def angle(self) -> float:
+        """Degrees between the two gradients."""
+        return math.degrees(math.acos(self.cosine))
+
+    def is_poor(self, options: FidelityOptions) -> bool:
+        """Whether the targets are worse than the options allow."""
+        return self.cosine < options.least_cosine
+
+    def refuses(self, options: FidelityOptions) -> bool:
+        """Whether a run on these targets must not start."""
+        return self.is_poor(options) and options.when_poor == "refuse" and self.tokens >= _ENOUGH
+
+
+def certify(
+    student: nn.Module,
+    examples: Sequence[Example],
+    losses: LossOptions,
+    batch_size: int,
+    options: FidelityOptions,
+    cache_bytes: int,
+    cache_tokens: int,
+) -> Fidelity:
+    """Measure the targets of the first held-out examples with a student whose adapter is in place.
+
+    `cache_bytes` and `cache_tokens` are those of the domain's cache files. Leaves the student in evaluation mode.
+    """
+    chosen: list[Example] = []
+    while len(chosen) < len(examples) and sum(len(example.kept) for example in chosen) < options.tokens:
+        chosen.append(examples[len(chosen)])
+    student.eval()
+    distilling = losses.model_copy(update={"alpha": 1.0})
+    tokens = sum(len(example.kept) for example in chosen)
+    signal, noise, squares = 0.0, 0.0, 0.0
+    tails = [_tail_mass(example, losses.temperature) for example in chosen]
+    if isinstance(chosen[0].targets, SparseTargets):
+        rng = np.random.default_rng(0)
+        groups = [chosen[at : at + batch_size] for at in range(0, len(chosen), batch_size)]
+        whole = [collate(group, losses.temperature) for group in groups]
+        flipped = [collate(group, losses.temperature, lambda *given: _flip(*given, rng)) for group in groups]
+        signal = _square_norm(student, whole, distilling, tokens)
+        noise = _square_norm(student, flipped, distilling, tokens)
+        squares = sum(_square_sum(student, batch, losses.temperature) for batch in flipped)
+    seen = _drawn_share(chosen, losses.temperature, tails)
+    places = [
+        Position(example.where, int(example.kept[at]), float(mass))
+        for example, masses in zip(chosen, tails, strict=True)
+        for at, mass in enumerate(masses)
+    ]
+    return Fidelity(
+        temperature=losses.temperature,
+        tokens=tokens,
+        tail_mass=float(np.mean(np.concatenate(tails))),
+        kl_floor=math.sqrt(squares) / tokens,
+        cosine=seen * (math.sqrt(max(0.0, 1.0 - noise / signal)) if signal > 0 else 1.0),
+        worst=tuple(sorted(places, key=lambda place: -place.tail_mass)[:3]),
+        bytes_per_token=cache_bytes / cache_tokens,
+        cache_bytes=cache_bytes,
+    )
+
+
+def _tail_mass(example: Example, temperature: float) -> np.ndarray:
+    targets = example.targets
+    return targets.tail_mass(temperature) if isinstance(targets, SparseTargets) else np.zeros(len(targets))
+
+
+def _drawn_share(examples: Sequence[Example], temperature: float, tails: Sequence[np.ndarray]) -> float:
+    """Share of the distribution that the entries stand for, 1 unless most of the tail was never drawn.
+
+    A sharp teacher's tail at temperature 1 may be too small for a single draw, and most of its distribution at 4: noise
+    that no drawn entry shows. Its mass is known all the same.
+    """
+    drawn, tail, total = 0.0, 0.0, 0
+    for example, masses in zip(examples, tails, strict=True):
+        if isinstance(example.targets, SparseTargets):
+            weights, _ = example.targets.at_temperature(temperature)
+            drawn += float(weights[~example.targets.exact].sum())
+        tail, total = tail + float(masses.sum()), total + len(masses)
+    return 1.0 if drawn >= tail / 2 else 1.0 - (tail - drawn) / total
+
+
+def _flip(targets: SparseTargets, temperature: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Weights whose expectation is zero and whose variance is that of the sample: drawn entries with random signs.
+
+    Signs alternate along a row: what a systematic sample gets right together then cancels, as it does in the sample.
+    """
+    weights, logprobs = targets.at_temperature(temperature)
+    drawn = np.cumsum(~targets.exact)
+    start = rng.integers(0, 2, len(targets))[targets.rows]
+    signs = np.where((drawn + start) % 2 == 0, 1.0, -1.0)
+    return np.where(targets.exact, 0.0, signs * weights).astype(np.float32), logprobs
+
+
+def _square_norm(student: nn.Module, batches: Sequence[Batch], losses: LossOptions, tokens: int) -> float:
+    """Squared norm of the mean KD gradient over the batches with respect to the adapter."""
+    _, gradient = sum_gradients(student, split_head(student), batches, losses, tokens)
+    return sum(float(mx.sum(mx.square(leaf.astype(mx.float32)))) for _, leaf in tree_flatten(gradient))
+
+
+def _square_sum(student: nn.Module, batch: Batch, temperature: float) -> float:
+    """Sum over tokens of their squared contribution to T^2 KL."""
+    split = split_head(student)
+    states = split.body(batch.tokens)
+    states = states.reshape(-1, states.shape[-1])[batch.rows]
+    total = 0.0
+    for at in range(0, len(states), _CHUNK):
+        rows = slice(at, min(at + _CHUNK, len(states)))
+        terms = target_kd(split.head(states[rows]), batch.targets.rows(rows.start, rows.stop), temperature)
+        total += float(mx.sum(mx.square(terms)))
+    return total
+
+
+_CHUNK = 256
