@@ -5,7 +5,7 @@ sparse setting, on the same batches from the same start. Shown is the held-out K
 vocabulary, from its hidden states, as a ratio to that of full logits: the geometric mean over domains and seeds.
 
     python scripts/bench_quality.py                                    # the pocket models, all domains, three seeds
-    python scripts/bench_quality.py --config configs/base.yaml -d thinking --seeds 1 --temperatures 2
+    python scripts/bench_quality.py --config configs/base.yaml -d thinking --seeds 0 --temperatures 2
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ SETTINGS: dict[str, dict[str, object]] = {
     "draw 2, threshold 0.05": {"threshold": 0.05, "draw_temperature": 2.0},
     "default": {"preset": "default", "draw_temperature": 2.0},
     "hot": {"preset": "hot", "draw_temperature": 4.0},
+    "default, half of the tokens": {"preset": "default", "draw_temperature": 2.0, "share": 0.5},
+    "default, a fifth of the tokens": {"preset": "default", "draw_temperature": 2.0, "share": 0.2},
 }
 
 
@@ -109,7 +111,7 @@ def table(runs: list[Run]) -> str:
     """Ratios to full logits as a Markdown table, a row per setting."""
     base = {(run.domain, run.temperature, run.seed): run for run in runs if run.settings == FULL}
     temperatures = sorted({run.temperature for run in runs})
-    head = "".join(f" T = {at:g}: KL, KL at T |" for at in temperatures)
+    head = "".join(f"  T = {at:g}: KL, KL at T |" for at in temperatures)
     lines = [f"| cache | bytes/token |{head}", "|---|---|" + "---|" * len(temperatures)]
     for name in dict.fromkeys(run.settings for run in runs):
         mine = [run for run in runs if run.settings == name]
@@ -133,24 +135,33 @@ def main() -> None:
     every = ["action", "debug", "memory", "reflection", "task", "thinking"]
     parser.add_argument("-d", "--domains", nargs="*", default=every)
     parser.add_argument("--temperatures", nargs="*", type=float, default=[1.0, 2.0])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
-    parser.add_argument("--json", type=Path, help="Also write every run here.")
+    parser.add_argument("--json", type=Path, help="Keep every run here; those it has are not done again.")
     arguments = parser.parse_args()
     names = list(dict.fromkeys([FULL, *arguments.settings]))
     runs: list[Run] = []
+    if arguments.json and arguments.json.exists():
+        runs = [Run(**record) for record in json.loads(arguments.json.read_text())]
     with tempfile.TemporaryDirectory() as cache:
-        for seed in range(arguments.seeds):
+        for seed in arguments.seeds:
             for temperature in arguments.temperatures:
                 for domain in arguments.domains:
-                    found = list(measure(arguments.config, domain, temperature, seed, names, Path(cache)))
+                    place = (domain, temperature, seed)
+                    known = {run.settings for run in runs if (run.domain, run.temperature, run.seed) == place}
+                    todo = [name for name in names if name not in known]
+                    if not todo:
+                        continue
+                    todo = list(dict.fromkeys([FULL, *todo]))
+                    found = list(measure(arguments.config, domain, temperature, seed, todo, Path(cache)))
+                    found = [run for run in found if run.settings not in known]
                     runs += found
                     shown = ", ".join(f"{run.settings} {run.kl:.4f}" for run in found)
                     print(f"seed {seed}, T {temperature:g}, {domain}: {shown}", flush=True)
                     if arguments.json:
                         arguments.json.write_text(json.dumps([asdict(run) for run in runs], indent=1))
     print(f"\n{table(runs)}\n")
-    print(f"{len(runs) // len(names)} students per row: {', '.join(arguments.domains)}; {arguments.seeds} seeds.")
+    print(f"Domains {', '.join(arguments.domains)}; seeds {', '.join(map(str, arguments.seeds))}.")
 
 
 if __name__ == "__main__":

@@ -215,6 +215,17 @@ def test_replies_of_a_damaged_shard_can_be_added_again(
     assert {path.name: path.read_bytes() for path in two_shards.folder.glob("*.safetensors")} == before
 
 
+def test_a_shard_is_written_anew_not_over_the_old_one(two_shards: TargetCache, tmp_path: Path) -> None:
+    """Another process may have it mapped into memory."""
+    shard = shard_of(two_shards, A)
+    truncate(shard)
+    damaged = shard.read_bytes()
+    with shard.open("rb") as held:
+        TargetCache(tmp_path, IDENTITY).add({A: make_reply(1), B: make_reply(2)})
+        assert held.read() == damaged
+    assert shard.read_bytes() != damaged
+
+
 @every_damage
 def test_damage_after_a_reply_was_found_is_an_error_when_it_is_read(
     two_shards: TargetCache, tmp_path: Path, damage: Callable[[Path], None]

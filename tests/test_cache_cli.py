@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import struct
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import pytest
 from test_cli import lay_out, only_line, refused
 from test_stores import IDENTITY, A, B, C, D, age, content, fill, identity_of, present, shards_of
 
-from true_kd.cache import FORMAT
+from true_kd import pocket, stores
+from true_kd.cache import FORMAT, TEACHER
 from true_kd.files import digest_json
 
 KEY = IDENTITY.folder_name
@@ -326,9 +328,136 @@ def test_a_run_on_another_machine_needs_no_teacher(
         "6 replies of the teacher are in the cache"
         in cli("distill", "-d", "cats", "--fresh", "--set", "cache=there").out
     )
-    [shard, *_] = shards_of(tmp_path / "project" / "there" / listed["key"])
+    [shard] = [path for path in shards_of(Path("there") / listed["key"]) if path.name != TEACHER]
     os.truncate(shard, 50)
     assert cli("cache", "verify", "--remove", "--cache", "there").code == 5
     again = cli("distill", "-d", "cats", "--fresh", "--set", "cache=there")
     assert (again.code, "captured 6/6 replies" in again.out) == (0, True)
     assert said(cli("cache", "verify", "--cache", "there")).endswith("files whole, 6 replies\n")
+
+
+# A whole run where the teacher is not.
+
+
+def first_machine(tmp_path: Path) -> Path:
+    """The project of a machine that has the teacher, a folder of its own."""
+    teacher = tmp_path / "models" / "Big-7B"
+    shutil.copytree(pocket.locate("pocket:teacher", "teacher"), teacher)
+    return lay_out(tmp_path / "project", teacher, "pocket:student")
+
+
+def carry(cli, key: str, tmp_path: Path) -> list[str]:
+    """Export a cache, lose the teacher and all caches, and import it; the line that import ends with, as arguments."""
+    out = said(cli("cache", "export", key, str(tmp_path / "export"), "--cache", "cache"))
+    assert out.splitlines()[-1].startswith(f"       true-kd distill --teacher cache:{key[:8]}")
+    shutil.rmtree(tmp_path / "models", ignore_errors=True)
+    shutil.rmtree("cache")
+    out = said(cli("cache", "import", str(tmp_path / "export"), "--cache", "cache"))
+    assert said(cli("cache", "verify", "--cache", "cache")).endswith("files whole, 6 replies\n")
+    return out.splitlines()[-1].rpartition("true-kd ")[2].split()
+
+
+@pytest.mark.parametrize(
+    ("flags", "hint"),
+    [
+        ([], []),
+        (["--set", "targets.preset=exact"], ["--set", "targets.preset=exact"]),
+        (["--set", "targets.preset=tiny", "--set", "targets.share=0.5"], None),
+        (["--cache-bytes", "30"], ["--cache-bytes", "N"]),
+    ],
+    ids=["default", "exact", "tiny share", "budget"],
+)
+def test_a_cache_trains_where_the_teacher_is_not(
+    flags: list[str], hint: list[str] | None, cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(first_machine(tmp_path))
+    assert cli("distill", "-d", "cats", "--out", "one", *flags).code == 0
+    [listed] = json.loads(said(cli("cache", "ls", "--json", "--cache", "cache")))
+    way = carry(cli, listed["key"], tmp_path)
+    assert way[:3] == ["distill", "--teacher", f"cache:{listed['key'][:8]}"]
+    assert way[3:] == (flags if hint is None else hint)
+    before = content(Path("cache"))
+    way = [*way[:3], *flags]
+    ended = cli(*way, "-d", "cats", "--out", "two")
+    assert (ended.code, "6 replies of the teacher are in the cache" in ended.out) == (0, True), ended
+    assert Path("two/cats/adapters.safetensors").read_bytes() == Path("one/cats/adapters.safetensors").read_bytes()
+    assert content(Path("cache")) == before
+    one, two = (json.loads(Path(out, "cats", "adapter_config.json").read_text()) for out in ("one", "two"))
+    assert (two["true_kd"].pop("teacher"), Path(one["true_kd"].pop("teacher")).name) == ("Big-7B", "Big-7B")
+    assert one == two
+    assert json.loads(Path("two/cats/run.json").read_text())["teacher"]["model"] == way[2]
+    assert "cats: unchanged since" in cli(*way, "-d", "cats", "--out", "one").out
+
+
+@pytest.fixture
+def carried(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A project whose teacher is gone, and the key of the cache that it left."""
+    monkeypatch.chdir(first_machine(tmp_path))
+    assert cli("capture", "-d", "cats").code == 0
+    [listed] = json.loads(said(cli("cache", "ls", "--json", "--cache", "cache")))
+    carry(cli, listed["key"], tmp_path)
+    return listed["key"]
+
+
+def test_what_a_cache_lacks_is_not_made_up_where_the_teacher_is_not(cli, carried: str) -> None:
+    train = Path("prompts/cats/train.txt")
+    train.write_text(train.read_text().replace("\n", ", please\n", 1))
+    before = content(Path("cache"))
+    unknown = (("--set", "targets.preset=hot"), "6 of the 6 prompts are not in cache")
+    unmeasured = (("--cache-bytes", "20"), "no cache knows what it needs of a budget")
+    for flags, says in (((), f"1 of the 6 prompts is not in cache {carried[:8]}."), unknown, unmeasured):
+        for command in ("distill", "capture"):
+            ended = cli(command, "-d", "cats", "--teacher", f"cache:{carried[:4]}", *flags)
+            line = only_line(ended.err)
+            assert ended.code == 2
+            assert f"teacher 'cache:{carried[:4]}': its weights are not here, and {says}" in line
+    assert content(Path("cache")) == before
+    assert list(Path("adapters_kd/cats").iterdir()) == []
+    assert cli("distill", "-d", "dogs", "--teacher", f"cache:{carried}").code == 2
+
+
+def test_a_teacher_that_no_cache_knows_is_one_line(cli, carried: str) -> None:
+    for name, says in (("cache:zz", carried), ("cache:", carried), ("cache:../x", carried)):
+        assert says in refused(cli("distill", "-d", "cats", "--teacher", name))
+        assert says in refused(cli("capture", "-d", "cats", "--teacher", name))
+    keys = [carried, *(fill(Path("cache"), [[A]], identity_of(teacher=digit)).name for digit in "0123456789abcdef")]
+    [shared, *_] = [key[0] for key in keys if sum(other[0] == key[0] for other in keys) > 1]
+    assert "keys begin so, expected one" in refused(cli("distill", "-d", "cats", "--teacher", f"cache:{shared}"))
+    stranger = cli("distill", "-d", "cats", "--teacher", f"cache:{keys[1]}")
+    assert f"no {TEACHER} in it" in refused(stranger)
+    assert "no such folder" in refused(cli("distill", "-d", "cats", "--student", f"cache:{carried}"))
+    adapter = ("--set", "teacher.adapter=x")
+    assert "Leave it out" in refused(cli("distill", "-d", "cats", "--teacher", f"cache:{carried}", *adapter))
+    os.truncate(Path("cache", carried, TEACHER), 100)
+    assert "Import it again" in refused(cli("distill", "-d", "cats", "--teacher", f"cache:{carried}"), code=5)
+    assert cli("cache", "verify", "--remove", "--cache", "cache").code == 5
+    assert f"no {TEACHER} in it" in refused(cli("distill", "-d", "cats", "--teacher", f"cache:{carried}"))
+    assert not Path("adapters_kd").exists()
+
+
+def test_a_lost_output_head_is_written_again_or_missed(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(first_machine(tmp_path))
+    flags = ("-d", "cats", "--fresh", "--set", "targets.preset=exact")
+    assert cli("distill", *flags).code == 0
+    adapter = Path("adapters_kd/cats/adapters.safetensors")
+    [head], trained = Path("cache").glob("*/head.safetensors"), adapter.read_bytes()
+    for harm in (Path.unlink, lambda path: os.truncate(path, 100)):
+        harm(head)
+        assert cli("distill", *flags).code == 0
+        assert adapter.read_bytes() == trained
+        assert cli("cache", "verify", "--cache", "cache").code == 0
+    head.unlink()
+    line = only_line(cli("distill", *flags, "--teacher", f"cache:{head.parent.name}").err)
+    assert f"its output head is not in cache {head.parent.name[:8]}. Import that cache again." in line
+
+
+def test_the_hint_of_an_import_has_no_word_of_the_stranger_who_wrote_the_identity() -> None:
+    from true_kd.cache import StoredFile
+    from true_kd.cache_cli import _way_to_use
+
+    targets = {"threshold": "1; x", "draw_temperature": 4.0, "; rm -r x": 1.0, "share": 0.5}
+    files = {TEACHER: StoredFile(TEACHER, "a" * 64, 0, 0)}
+    store = stores.Store(Path("0" * 16), {"format": FORMAT, "targets": targets}, files, {}, (), "", None, 0.0)
+    assert _way_to_use(store, "00") == (
+        "true-kd distill --teacher cache:00 --set targets.draw_temperature=4.0 --set targets.share=0.5"
+    )

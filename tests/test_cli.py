@@ -775,6 +775,214 @@ def test_when_the_reader_went_away_nothing_more_is_said() -> None:
     assert (process.returncode, err) == (1, b"")
 
 
+# Capturing alone.
+
+
+@pytest.fixture(scope="module")
+def captured(
+    cli, tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, student_folder: Path
+) -> SimpleNamespace:
+    """A project whose two domains were captured, and what that left."""
+    folder = lay_out(tmp_path_factory.mktemp("capture") / "project", teacher_folder, student_folder)
+    before = tree(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        ended = cli("capture", "--all", "--set", "student=./nonsense")
+    return SimpleNamespace(folder=folder, ended=ended, before=before, after=tree(folder))
+
+
+def test_a_capture_ends_with_code_0_and_says_what_each_domain_takes(captured: SimpleNamespace) -> None:
+    assert (captured.ended.code, captured.ended.err) == (0, "")
+    lines = captured.ended.out.splitlines()
+    assert sum("opening" in line for line in lines) == 1
+    for domain in ("cats", "dogs"):
+        [line] = [line for line in lines if line.startswith(f"{domain}: 6 replies, 24 tokens, ")]
+        assert " bytes/token) in " in line
+        assert Path(line.rpartition(" in ")[2]).is_dir()
+    assert lines[-1].startswith("2 captured, 0 failed, ")
+
+
+def test_a_capture_leaves_nothing_but_a_cache(captured: SimpleNamespace) -> None:
+    assert {name.partition("/")[0] for name in captured.after - captured.before} == {"cache"}
+    assert captured.before <= captured.after
+
+
+def test_after_a_capture_distill_does_not_open_the_teacher_and_gives_the_same_adapter(
+    captured: SimpleNamespace, done: SimpleNamespace, cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(captured.folder, tmp_path / "captured"))
+    base = json.loads((folder / "configs" / "base.yaml").read_text())
+    (folder / "configs" / "base.yaml").write_text(json.dumps({**base, "cache": str(folder / "cache")}))
+    monkeypatch.chdir(folder)
+    ended = cli("distill", "--all")
+    assert (ended.code, ended.err) == (0, "")
+    assert "opening" not in ended.out
+    for domain in ("cats", "dogs"):
+        adapter = Path("adapters_kd") / domain / "adapters.safetensors"
+        assert adapter.read_bytes() == (done.folder / adapter).read_bytes()
+
+
+def test_a_second_capture_opens_nothing(cli, finished: Path) -> None:
+    before = tree(finished)
+    ended = cli("capture", "--all")
+    assert (ended.code, ended.err) == (0, "")
+    assert "opening" not in ended.out
+    assert "cats: 6 replies of the teacher are in the cache" in ended.out
+    assert ended.out.splitlines()[-1].startswith("2 captured, 0 failed, ")
+    assert tree(finished) == before
+
+
+@pytest.mark.parametrize("spoil", [break_config, break_prompts])
+def test_when_one_domain_cannot_be_captured_the_other_is(spoil: Callable[[], None], cli, project: Path) -> None:
+    spoil()
+    ended = cli("capture", "--all")
+    assert ended.code == 2
+    assert only_line(ended.err).startswith("dogs: failed. ")
+    assert "cats: 6 replies, " in ended.out
+    assert ended.out.splitlines()[-1].startswith("1 captured, 1 failed, ")
+
+
+def test_when_no_domain_can_be_captured_each_is_told_and_nothing_is_done(cli, project: Path) -> None:
+    before = tree(project)
+    assert "losses.alpha" in refused(cli("capture", "--all", "--set", "losses.alpha=7"))
+    assert "no domain was named" in refused(cli("capture"))
+    assert "no such domain" in refused(cli("capture", "-d", "cat"))
+    assert tree(project) == before
+
+
+def test_a_missing_teacher_of_a_capture_is_told_once(cli, project: Path) -> None:
+    before = tree(project)
+    assert "no such folder" in refused(cli("capture", "--all", "--teacher", "./nowhere"))
+    assert tree(project) == before
+
+
+def test_a_capture_into_a_place_that_cannot_be_written_ends_in_one_line(cli, project: Path) -> None:
+    Path("afile").touch()
+    line = refused(cli("capture", "-d", "cats", "--set", "cache=afile"), code=4)
+    assert line.startswith("afile: cannot be written")
+
+
+@pytest.mark.parametrize("flag", ["--student", "--out", "--temperature", "--seed", "--fresh"])
+def test_a_capture_has_no_flag_that_means_nothing_to_it(flag: str, cli, project: Path) -> None:
+    assert flag in refused(cli("capture", "-d", "cats", flag, "1"))
+
+
+def test_the_help_of_capture_explains_every_flag(cli) -> None:
+    words = " ".join(cli("capture", "--help").out.split())
+    for name in ("teacher", "cache-bytes", "cache-gb", "prompts"):
+        assert "default: " in words.partition(f"--{name} ")[2].partition(" --")[0], name
+    for flag in ("--domain", "--all", "--config", "--set"):
+        assert f"{flag} " in words
+
+
+def test_every_flag_of_a_capture_goes_over_the_files(cli, project: Path, student_folder: Path) -> None:
+    shutil.copytree("prompts", "mine")
+    Path("mine/cats/train.txt").write_text("hello\nhello to the world\nsaid the cat\n")
+    given = {"teacher": str(student_folder), "cache-bytes": "1000", "cache-gb": "0.01", "prompts": "mine"}
+    assert set(inspect.signature(command_line.capture_command).parameters) == {
+        *(name.replace("-", "_") for name in given),
+        *("domain", "everything", "config", "sets"),
+    }
+    flags = [part for name, value in given.items() for part in (f"--{name}", value)]
+    ended = cli("capture", "-d", "cats", *flags, "--set", "capture.max_tokens=3")
+    assert (ended.code, ended.err) == (0, "")
+    assert f"teacher {student_folder}: opening" in ended.out
+    assert "cache budget: targets.threshold " in ended.out
+    assert "cats: 3 replies, " in ended.out
+
+
+def test_a_capture_that_got_ctrl_c_goes_on_where_it_was(cli, project: Path) -> None:
+    slow = {"max_tokens": 100, "batch_size": 1, "shard_prompts": 1}
+    settings = [part for name, value in slow.items() for part in ("--set", f"capture.{name}={value}")]
+    arguments = ["-m", "true_kd", "capture", "-d", "cats", *settings]
+    with subprocess.Popen(
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        for line in process.stdout:
+            if "captured 2/6" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    assert (process.returncode, err.strip().count("\n")) == (130, 0)
+    assert "stopped by Ctrl-C" in err
+    ended = cli("capture", "-d", "cats", *settings)
+    assert ended.code == 0
+    first = next(line for line in ended.out.splitlines() if line.startswith("cats: captured "))
+    assert int(first.split()[2].partition("/")[0]) >= 2
+    assert "cats: captured 6/6 replies" in ended.out
+
+
+# Budgets and certificates.
+
+
+@pytest.mark.parametrize("command", ["distill", "capture"])
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--cache-bytes", "3"], "--cache-bytes targets.bytes_per_token: 3.0, expected a number at least 4."),
+        (["--cache-gb", "0"], "--cache-gb targets.gigabytes: 0.0, expected a number above 0."),
+        (["--cache-bytes", "nan"], "targets.bytes_per_token: nan, expected a finite number."),
+        (["--cache-gb", "much"], "--cache-gb"),
+        (["--cache-bytes", "30", "--set", "targets.threshold=0.1"], "threshold and bytes_per_token are both given"),
+        (["--cache-gb", "1", "--set", "targets.threshold=0.1"], "threshold and gigabytes are both given"),
+        (["--cache-gb", "1", "--set", "targets.preset=exact"], "gigabytes has no meaning with preset exact"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_budget_that_makes_no_sense_ends_in_one_line(
+    arguments: list[str], says: str, command: str, cli, project: Path
+) -> None:
+    before = tree(project)
+    assert says in refused(cli(command, "-d", "cats", *arguments))
+    assert tree(project) == before
+
+
+@pytest.mark.parametrize("command", ["distill", "capture"])
+def test_a_budget_that_is_too_small_ends_in_one_line_that_says_the_least(command: str, cli, project: Path) -> None:
+    ended = cli(command, "-d", "cats", "--cache-bytes", "5")
+    assert ended.code == 2
+    line = only_line(ended.err)
+    assert line.startswith("cats: failed. cache budget: 5 bytes per token, expected at least ")
+    least = line.partition("at least ")[2].partition(" ")[0]
+    assert cli(command, "-d", "cats", "--cache-bytes", least).code == 0
+
+
+def give_replies() -> list[str]:
+    """Replies long enough to judge the targets of cats by, and flags under which these are poor."""
+    reply = "the cat sat on the mat and said hello to the world " * 2
+    for split, count in (("train", 4), ("valid", 12)):
+        lines = [json.dumps({"prompt": f"hello {number}", "completion": reply}) for number in range(count)]
+        Path(f"prompts/cats/{split}.jsonl").write_text("\n".join(lines))
+    Path("prompts/cats/train.txt").unlink()
+    return ["--max-seq-length", "256", "--temperature", "4", "--set", "targets.preset=tiny"]
+
+
+def test_poor_targets_end_in_one_line_and_leave_the_adapter_as_it_was(cli, finished: Path) -> None:
+    before = {path: path.read_bytes() for path in Path("adapters_kd/cats").rglob("*") if path.is_file()}
+    ended = cli("distill", "-d", "cats", *give_replies())
+    assert ended.code == 2
+    line = only_line(ended.err)
+    assert line.count("cats") == 1
+    assert "the gradient from them has a cosine of " in line
+    assert "expected at least 0.9" in line
+    assert "cats: poor targets; " in ended.out
+    assert {path: path.read_bytes() for path in Path("adapters_kd/cats").rglob("*") if path.is_file()} == before
+
+
+def test_poor_targets_are_trained_on_and_told_where_a_warning_is_asked_for(cli, project: Path) -> None:
+    ended = cli("distill", "-d", "cats", *give_replies(), "--set", "fidelity.when_poor=warn")
+    assert (ended.code, ended.err) == (0, "")
+    lines = ended.out.splitlines()
+    told = next(index for index, line in enumerate(lines) if line.startswith("cats: poor targets; "))
+    assert lines[told - 1].startswith("cats: targets at T = 4: gradient ")
+    assert "prompts/cats/valid.jsonl:" in lines[told]
+    assert "cats: finished " in ended.out
+
+
 # init and doctor.
 
 

@@ -12,11 +12,14 @@ import pytest
 from rich.console import Console
 
 from true_kd import events
+from true_kd.budget import THRESHOLDS, BudgetChoice
 from true_kd.capture import CaptureProgress
 from true_kd.console import LineView, LiveView, make_view
 from true_kd.errors import InputError, PromptError
 from true_kd.evaluation import EvalMetrics
+from true_kd.fidelity import Fidelity, Position
 from true_kd.reporting import DataCounts, ExactMatch, KDResult, Validation
+from true_kd.targets import TargetOptions
 from true_kd.training import StepMetrics
 
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -53,6 +56,17 @@ RESULT = KDResult(
     finished_at="2026-01-01T00:00:00+00:00",
 )
 SUMMARY = Path("adapters_kd/kd_summary.json")
+FIDELITY = Fidelity(
+    temperature=2.0,
+    tokens=380,
+    tail_mass=0.0914,
+    kl_floor=0.0123,
+    cosine=0.9993,
+    worst=(Position("prompts/cats/valid.jsonl:3", 7, 0.951), Position("prompts/cats/valid.jsonl:1", 0, 0.5)),
+    bytes_per_token=20.9,
+    cache_bytes=32_123,
+)
+CHOICE = BudgetChoice(TargetOptions(threshold=0.25).settings, 28.4, 0.0000844, 676)
 
 
 def step(iteration: int) -> StepMetrics:
@@ -152,11 +166,58 @@ def on_stdout(monkeypatch: pytest.MonkeyPatch, *shown_events: events.Event, term
             f"cats: unchanged since {RESULT.finished_at}: adapters_kd/cats",
         ),
         (finished(failures={"cats": InputError("x")}), f"0 done, 1 failed. Summary: {SUMMARY}"),
+        (
+            events.BudgetChosen(CHOICE),
+            "cache budget: targets.threshold 0.25, about 28 bytes/token and 84.4 kB, by 676 tokens of the teacher; "
+            "the certificate of each domain says what it costs",
+        ),
+        (
+            events.DomainCaptured("cats", 72, 1538, 32_123, 20.9, Path("cache/0123")),
+            "cats: 72 replies, 1,538 tokens, 32.1 kB (21 bytes/token) in cache/0123",
+        ),
+        (events.CaptureFinished(("cats",), {"dogs": InputError("x")}, 6.4), "1 captured, 1 failed, 6 s"),
+        (
+            events.Certified("cats", FIDELITY, poor=False),
+            "cats: targets at T = 2: gradient 2.1° off (cosine 0.9993), tail mass 9.1%, KL floor 0.01, "
+            "21 bytes/token, 32.1 kB",
+        ),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
 )
 def test_each_event_is_one_line(event: events.Event, line: str) -> None:
     assert shown(event) == f"{line}\n"
+
+
+def test_poor_targets_are_told_with_the_places_that_are_worst() -> None:
+    first, second = shown(events.Certified("cats", replace(FIDELITY, cosine=0.5), poor=True)).splitlines()
+    assert first.startswith("cats: targets at T = 2: gradient 60.0° off (cosine 0.5000), ")
+    assert second == (
+        "cats: poor targets; most of the distribution is sampled at prompts/cats/valid.jsonl:3 token 7 (95%), "
+        "prompts/cats/valid.jsonl:1 token 0 (50%)"
+    )
+
+
+def test_exact_targets_are_told_without_noise() -> None:
+    exact = replace(FIDELITY, cosine=1.0, tail_mass=0.0, kl_floor=0.0, bytes_per_token=7168.0, cache_bytes=3 * 10**9)
+    assert shown(events.Certified("cats", exact, poor=False)) == (
+        "cats: targets at T = 2: gradient 0.0° off (cosine 1.0000), tail mass 0.0%, KL floor 0, "
+        "7,168 bytes/token, 3.0 GB\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(999, "999 bytes"), (1000, "1.0 kB"), (1_250_000, "1.2 MB"), (2 * 10**9, "2.0 GB"), (3 * 10**12, "3000.0 GB")],
+)
+def test_sizes_are_in_the_units_of_the_budget(size: int, text: str) -> None:
+    assert f" {text} " in shown(events.DomainCaptured("cats", 1, 1000, size, 5.0, Path("cache")))
+
+
+def test_the_threshold_of_a_budget_can_be_copied_into_a_config() -> None:
+    for threshold in THRESHOLDS:
+        choice = replace(CHOICE, settings=replace(CHOICE.settings, threshold=threshold))
+        line = shown(events.BudgetChosen(choice))
+        assert float(line.partition("targets.threshold ")[2].partition(",")[0]) == threshold
 
 
 @pytest.mark.parametrize("loss", [2.5, 3.0])
@@ -348,6 +409,23 @@ def test_a_terminal_gets_its_cursor_back_after_an_error() -> None:
     with pytest.raises(KeyboardInterrupt):
         stop()
     assert out.getvalue().rindex("\x1b[?25h") > out.getvalue().rindex("\x1b[?25l")
+
+
+def test_a_terminal_shows_a_capture_alone_as_bars_and_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = (
+        events.TeacherOpening("a/b"),
+        events.BudgetChosen(CHOICE),
+        *(events.Captured("cats", CaptureProgress(done, 10, done * 7, 0.5)) for done in range(11)),
+        events.TeacherFreed(2**20),
+        events.DomainCaptured("cats", 10, 70, 1500, 21.4, Path("cache/0123")),
+        events.CaptureFinished(("cats",), {}, 3.0),
+    )
+    text = on_stdout(monkeypatch, *seen, terminal=True, TERM="xterm-256color")
+    lines = [line.strip() for line in re.split(r"[\r\n]+", ESCAPE.sub("", text))]
+    assert "1 captured, 0 failed, 3 s" in lines
+    assert any(line.startswith("cache budget: ") for line in lines)
+    assert "\x1b[2K" in text[text.rindex("cats capture") :], "the last bar is wiped away"
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
 
 
 def test_no_color_takes_all_colour_from_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

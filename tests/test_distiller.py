@@ -6,13 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import numpy as np
 import pytest
 
 import true_kd
 from true_kd import KDConfig, KDResult, TrueKnowledgeDistiller
+from true_kd.cache import TargetCache
+from true_kd.capture import TeacherPrompt, render_for, teacher_identity
 from true_kd.config import RunConfig
 from true_kd.distiller import DistillationFailed
-from true_kd.errors import ConfigError, InputError, PromptError, TrueKDError
+from true_kd.errors import ConfigError, InputError, PoorTargetsError, PromptError, TrueKDError
+from true_kd.models import LanguageModel
+from true_kd.prompts import from_records
 
 STRINGS = [f"say hello to {count} cats" for count in range(4)]
 RECORDS = [{"prompt": prompt, "completion": "the cat sat"} for prompt in STRINGS]
@@ -141,6 +147,53 @@ def test_bad_validation_prompts_are_named_as_such(distiller: TrueKnowledgeDistil
         distiller.distill_domain("greetings", STRINGS, ["hi", ""])
 
 
+def test_poor_targets_are_an_error_of_their_own(distiller: TrueKnowledgeDistiller) -> None:
+    changes = {"targets": {"preset": "tiny"}, "temperature": 4.0, "max_seq_length": 256}
+    poor = TrueKnowledgeDistiller(config=KDConfig(**{**distiller.config.model_dump(mode="json"), **changes}))
+    long = [{**record, "completion": "the cat sat on the mat and said hello " * 4} for record in RECORDS * 3]
+    with pytest.raises(PoorTargetsError, match="cosine") as refusal:
+        poor.distill_domain("greetings", RECORDS, long)
+    assert isinstance(refusal.value, InputError)
+
+
+def test_the_result_has_the_certificate_of_its_targets(distiller: TrueKnowledgeDistiller) -> None:
+    result = distiller.distill_domain("greetings", STRINGS)
+    assert result.fidelity.temperature == 2.0
+    assert result.fidelity.tokens == result.before.tokens
+    assert distiller.distill_domain("greetings", STRINGS).fidelity == result.fidelity
+
+
+def test_a_share_of_the_tokens_trains_those_that_the_teacher_is_least_sure_of(
+    distiller: TrueKnowledgeDistiller, teacher: LanguageModel, tmp_path: Path
+) -> None:
+    changes = {"targets": {"share": 0.3, "threshold": 0.001}, "batch_size": 8, "cache": str(tmp_path / "cache")}
+    config = KDConfig(**{**distiller.config.model_dump(mode="json"), **changes})
+    records = [{"prompt": f"say {word}", "completion": "the cat sat on the mat"} for word in ("hello", "cat", "mat")]
+    prompts = from_records([*records, *records])
+    result = TrueKnowledgeDistiller(config=config).distill_domain("greetings", records, records)
+    asked = render_for(teacher, prompts[:3], config.capture)
+    lengths = [len(item.rendered.response) for item in asked]
+    written = json.loads((tmp_path / "out" / "greetings" / "kd_metrics.json").read_text())
+    assert written["result"]["data"]["train_response_tokens"] == sum(round(0.3 * length) for length in lengths)
+    assert written["curves"]["response_tokens"] == [sum(round(0.3 * length) for length in lengths)] * 2
+    assert written["result"]["before"]["tokens"] == result.before.tokens == result.data.train_response_tokens
+    assert written["result"]["data"]["cache_tokens"] == sum(lengths)
+    replies = TargetCache(tmp_path / "cache", teacher_identity(teacher, config.targets.settings)).read(
+        [item.key for item in asked]
+    )
+    for item in asked:
+        entropies, kept = entropies_of(teacher, item), replies[item.key].kept
+        assert entropies[kept].min() > np.delete(entropies, kept).max() - 0.1
+
+
+def entropies_of(teacher: LanguageModel, asked: TeacherPrompt) -> np.ndarray:
+    """The teacher's entropy at each token of a given reply, nats."""
+    prompt, response = asked.rendered.prompt, asked.rendered.response
+    logits = teacher.module(mx.array([[*prompt, *response]]))[0, len(prompt) - 1 : -1].astype(mx.float32)
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    return -np.array(mx.sum(mx.exp(logprobs) * logprobs, axis=-1))
+
+
 # Several domains
 
 
@@ -221,6 +274,19 @@ def test_short_and_nested_names_go_together() -> None:
     config = KDConfig(lora={"dropout": 0.1}, rank=8)
     assert (config.lora.rank, config.lora.dropout) == (8, 0.1)
     assert (KDConfig(rank=8, lora={"dropout": 0.1}).lora.rank, config.lora.dropout) == (8, 0.1)
+
+
+def test_a_budget_has_short_names_too() -> None:
+    assert KDConfig(cache_bytes=40) == KDConfig(targets={"bytes_per_token": 40.0})
+    assert KDConfig(cache_gb=2, targets={"draw_temperature": 4}).targets.gigabytes == 2.0
+
+
+@pytest.mark.parametrize("other", [{"threshold": 0.1}, {"preset": "exact"}], ids=str)
+def test_a_budget_that_makes_no_sense_is_one_line(other: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        KDConfig(cache_bytes=40, targets=other)
+    assert "\n" not in str(refusal.value)
+    assert "bytes_per_token" in str(refusal.value)
 
 
 def test_options_objects_are_taken_as_they_are() -> None:

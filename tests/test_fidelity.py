@@ -20,6 +20,7 @@ from test_pipeline import WEIGHTS, Place, Run, files_of
 
 from true_kd import events
 from true_kd.batching import collate
+from true_kd.cache import SHARD
 from true_kd.errors import PoorTargetsError
 from true_kd.evaluation import evaluate
 from true_kd.examples import Example
@@ -138,6 +139,16 @@ def test_the_estimated_angle_is_near_that_to_the_gradient_from_full_logits(
     assert 0.75 * np.mean(true) - 0.5 < np.mean(estimated) < 2.0 * np.mean(true) + 0.5, (true, estimated)
 
 
+@pytest.mark.parametrize("preset", ["default", "hot"])
+def test_the_estimated_angle_is_hardly_larger_than_the_true_one(preset: str, subject: Subject) -> None:
+    """Otherwise sound targets are refused: here those of preset default, at a true cosine of 0.93."""
+    truth, _ = subject.true_gradient(2.0)
+    samples = [subject.examples(TargetOptions(preset=preset).settings, seed) for seed in range(3)]
+    true = [degrees(cosine_of(subject.gradient(examples, 2.0)[0], truth)) for examples in samples]
+    estimated = [certified(subject, examples).angle for examples in samples]
+    assert np.mean(estimated) < 1.15 * np.mean(true), (true, estimated)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
 def test_a_finer_threshold_raises_the_cosine(temperature: float, subject: Subject) -> None:
     found = [
@@ -165,7 +176,7 @@ def test_where_nothing_was_drawn_nothing_is_noise(subject: Subject) -> None:
     examples = subject.examples(keep(0.02))
     only_exact = [replace(example, targets=without_draws(example.targets)) for example in examples]
     found = certified(subject, only_exact, 1.0)
-    assert (found.cosine, found.kl_floor) == (1.0, 0.0)
+    assert (found.cosine, found.kl_floor) == (pytest.approx(1.0), pytest.approx(0.0, abs=1e-6))
 
 
 def without_draws(targets: SparseTargets) -> SparseTargets:
@@ -181,26 +192,44 @@ def without_draws(targets: SparseTargets) -> SparseTargets:
     )
 
 
-@pytest.mark.xfail(strict=True, reason="a tail that was never drawn leaves no noise, and goes unseen")
-def test_a_tail_that_was_never_drawn_is_seen_where_it_weighs(subject: Subject) -> None:
-    """At temperature 1 this teacher is so sure that nothing of its tail is drawn; at 4 the tail is 90 % of it."""
+@pytest.fixture(scope="module")
+def sure(subject: Subject) -> Subject:
+    """With a teacher so sure that nothing of its tail is drawn at temperature 1; at 4 the tail is 90 % of it."""
     logits, labels = subject.logits * 0.3, subject.tokens[:, PROMPT:, None].astype(np.int64)
     np.put_along_axis(logits, labels, logits.max(axis=-1, keepdims=True) + 12.0, axis=-1)
-    sure = replace(subject, logits=logits)
+    return replace(subject, logits=logits)
+
+
+def test_a_tail_that_was_never_drawn_is_seen_where_it_weighs(sure: Subject) -> None:
     examples = sure.examples(TargetOptions(preset="tiny").settings)
-    truth, kl = sure.true_gradient(4.0)
-    gradient, found = sure.gradient(examples, 4.0)
-    assert cosine_of(gradient, truth) < 0.9
-    assert found < 0.8 * kl
-    certificate = certified(sure, examples, 4.0)
-    assert certificate.cosine < 0.95
-    assert certificate.kl_floor > 0.05 * kl
+    true = cosine_of(sure.gradient(examples, 4.0)[0], sure.true_gradient(4.0)[0])
+    assert true < 0.9
+    assert certified(sure, examples, 4.0).cosine < true
 
 
-def test_ids_that_the_student_lacks_are_left_out_of_the_certificate(subject: Subject) -> None:
-    id_map = np.where(np.arange(320) % 3 == 0, -1, np.arange(320)).astype(np.int32)
-    mapped = [replace(example, targets=example.targets.with_ids(id_map)) for example in subject.examples(keep(0.1))]
-    assert 0.5 < certified(subject, mapped).cosine < 1.0
+def test_a_tail_that_was_never_drawn_raises_the_floor(sure: Subject) -> None:
+    examples = sure.examples(TargetOptions(preset="tiny").settings)
+    _, truth = sure.true_gradient(4.0)
+    _, found = sure.gradient(examples, 4.0)
+    assert found < 0.8 * truth
+    assert certified(sure, examples, 4.0).kl_floor > 0.05 * truth
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        0.3,
+        0.8,
+    ],
+)
+def test_ids_that_the_student_lacks_are_no_fault_of_the_sample(missing: float, subject: Subject) -> None:
+    """Full logits have no more to say of them: their mass is left unassigned either way."""
+    id_map = np.where(np.random.default_rng(1).random(320) < missing, -1, np.arange(320)).astype(np.int32)
+    examples = subject.examples(keep(0.02))
+    mapped = [replace(example, targets=example.targets.with_ids(id_map)) for example in examples]
+    full = [replace(example, targets=example.targets.with_ids(id_map)) for example in subject.examples(keep(0.001))]
+    true = degrees(cosine_of(subject.gradient(mapped, 2.0)[0], subject.gradient(full, 2.0)[0]))
+    assert 0.75 * true < certified(subject, mapped).angle < 2.0 * true
 
 
 # The rest of the certificate
@@ -440,7 +469,6 @@ def test_few_tokens_only_warn(place: Place) -> None:
     assert "a" in run.results
 
 
-@pytest.mark.xfail(strict=True, reason="with losses.alpha 0 nothing is taken from the targets, and they are refused")
 def test_a_run_on_the_teachers_text_alone_is_not_refused_for_its_targets(place: Place) -> None:
     place.config |= POOR | {"losses": {"temperature": 4.0, "alpha": 0.0}}
     assert "a" in place.run("a").results
@@ -484,13 +512,12 @@ def test_the_certificate_does_not_change_the_adapter(place: Place) -> None:
 
 def test_the_bytes_of_the_certificate_are_those_of_the_shards(finished: tuple[Place, Run]) -> None:
     place, run = finished
-    shards = sum(path.stat().st_size for path in (place.root / "cache").rglob("*.safetensors"))
+    shards = sum(path.stat().st_size for path in (place.root / "cache").rglob("*") if SHARD.fullmatch(path.name))
     found = certificate_of(run).fidelity
     assert found.cache_bytes == shards
     assert found.bytes_per_token == shards / run.results["a"].data.cache_tokens
 
 
-@pytest.mark.xfail(strict=True, reason="whole shards are divided by the tokens of the domain's own replies")
 def test_replies_of_others_in_the_shards_do_not_raise_the_bytes_per_token(
     finished: tuple[Place, Run], place: Place
 ) -> None:

@@ -357,6 +357,6 @@ def test_comments_leave_history_and_plans_to_git() -> None:
 
 
 def test_each_test_file_is_named_after_what_it_tests() -> None:
-    subjects = set(ROOMS) | {"packaging", "house", "prompt_data", "pocket_tasks", "readme"}
+    subjects = set(ROOMS) | {"packaging", "house", "prompt_data", "pocket_tasks", "readme", "benchmarks"}
     strangers = [path.name for path in TESTS if path.name.startswith("test_") and path.stem[5:] not in subjects]
     assert strangers == []

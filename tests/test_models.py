@@ -8,13 +8,16 @@ import json
 import shutil
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
+from safetensors.numpy import save_file
 
 from true_kd.backend import device_name
 from true_kd.errors import InputError, ModelError
@@ -29,6 +32,7 @@ from true_kd.models import (
     open_tokenizer,
     parameter_count,
     save_head,
+    save_stand_in,
     split_head,
     trainable,
 )
@@ -231,8 +235,21 @@ def test_a_saved_head_does_not_need_its_model(tmp_path: Path, student_folder: Pa
     assert mx.allclose(head(states), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("tied", "key"), [(TIED, "model.embed_tokens"), (UNTIED, "lm_head")])
+def test_a_head_with_an_adapter_is_saved_right_or_refused(tmp_path: Path, tied: dict, key: str) -> None:
+    module = random_module("qwen2", tied)
+    add_lora(module, LoraOptions(rank=2, keys=(key,)))
+    module.update(tree_map(lambda value: value + 0.1, module.trainable_parameters()))
+    module.eval()
+    try:
+        states, head, expected = head_and_copy(module, tmp_path)
+    except (ValueError, ModelError):
+        return
+    assert mx.allclose(head(states), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_model_without_an_output_layer_has_no_head_to_save(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="output layer"):
+    with pytest.raises(ModelError, match="output head"):
         save_head(nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10)), tmp_path / "head.safetensors")
     assert not (tmp_path / "head.safetensors").exists()
 
@@ -538,3 +555,124 @@ def test_the_digest_takes_the_hub_cache_at_its_word(student_folder: Path, tmp_pa
         (blobs / name).write_bytes(content)
         (snapshot / file.name).symlink_to(blobs / name)
     assert digest_of(snapshot) == digest_of(student_folder)
+
+
+# Stand-ins.
+
+
+def stand_in_of(folder: Path, to: Path, **options: object) -> ModelOptions:
+    """The options of a model's stand-in."""
+    to.mkdir(exist_ok=True)
+    whole = ModelOptions(model=str(folder), **options)
+    save_stand_in(whole, describe(whole, "teacher").digest, to / "teacher.safetensors")
+    return ModelOptions(model=str(to / "teacher.safetensors"))
+
+
+def test_a_stand_in_is_its_model_but_for_the_weights(student_folder: Path, tmp_path: Path) -> None:
+    folder = copy_model(student_folder, tmp_path / "model", quantization=None)
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
+    (folder / "merges.txt").touch()
+    whole = ModelOptions(model=str(folder))
+    expected, before = open_tokenizer(whole, "teacher"), describe(whole, "teacher")
+    options = stand_in_of(folder, tmp_path / "cache")
+    shutil.rmtree(folder)
+    found, after = open_tokenizer(options, "teacher"), describe(options, "teacher")
+    assert (after.digest, after.digests, after.weights) == (before.digest, before.digests, [])
+    assert (found.digest, found.size, found.ids, found.stop_ids) == (
+        expected.digest,
+        expected.size,
+        expected.ids,
+        expected.stop_ids,
+    )
+    asked = [{"role": "user", "content": "the cat"}]
+    for tokenizer in (expected.tokenizer, found.tokenizer):
+        assert tokenizer.apply_chat_template(asked, tokenize=False) == "the cat!"
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["teacher.safetensors"]
+    with pytest.raises(ModelError, match="its weights are not here"):
+        open_model(options, "teacher")
+
+
+def test_a_stand_in_is_the_same_to_the_byte_each_time(student_folder: Path, tmp_path: Path) -> None:
+    one, other = (Path(stand_in_of(student_folder, tmp_path / name).model) for name in "ab")
+    assert one.read_bytes() == other.read_bytes()
+    assert one.stat().st_size < (student_folder / "tokenizer.json").stat().st_size
+
+
+def test_the_adapter_of_a_teacher_is_part_of_its_stand_in(student_folder: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    (adapter / "adapters.safetensors").write_bytes(b"weights")
+    options = stand_in_of(student_folder, tmp_path / "cache", adapter=str(adapter))
+    adapted = ModelOptions(model=str(student_folder), adapter=str(adapter))
+    assert describe(options, "teacher").digest == describe(adapted, "teacher").digest != digest_of(student_folder)
+    with pytest.raises(ModelError, match="Leave it out"):
+        describe(options.model_copy(update={"adapter": str(adapter)}), "teacher")
+
+
+def test_only_a_teacher_can_do_without_weights(student_folder: Path, tmp_path: Path) -> None:
+    options = stand_in_of(student_folder, tmp_path / "cache")
+    with pytest.raises(ModelError, match="no such folder"):
+        describe(options, "student")
+
+
+def test_a_file_that_is_not_what_its_digest_says_gets_no_stand_in(student_folder: Path, tmp_path: Path) -> None:
+    folder = copy_model(student_folder, tmp_path / "model")
+    (tmp_path / "blobs").mkdir()
+    (folder / "tokenizer.json").rename(tmp_path / "blobs" / ("0" * 64))
+    (folder / "tokenizer.json").symlink_to(tmp_path / "blobs" / ("0" * 64))
+    with pytest.raises(ModelError, match="has changed or is damaged"):
+        stand_in_of(folder, tmp_path / "cache")
+
+
+def packed(text: bytes) -> np.ndarray:
+    """A file as a stand-in holds it."""
+    return np.frombuffer(zlib.compress(text), dtype=np.uint8)
+
+
+CONFIG_AND_TOKENIZER = {"config.json": packed(b"{}"), "tokenizer.json": packed(b"{}")}
+WEIGHTS = {"model.safetensors": "a" * 64}
+HOSTILE: dict[str, tuple[dict[str, np.ndarray], object]] = {
+    "a way up": ({**CONFIG_AND_TOKENIZER, "../x": packed(b"")}, WEIGHTS),
+    "a whole path": ({**CONFIG_AND_TOKENIZER, "/tmp/x": packed(b"")}, WEIGHTS),
+    "code": ({**CONFIG_AND_TOKENIZER, "tokenizer.py": packed(b"")}, WEIGHTS),
+    "weights": ({**CONFIG_AND_TOKENIZER, "model.safetensors": packed(b"")}, WEIGHTS),
+    "a control code": ({**CONFIG_AND_TOKENIZER, "\x1b[2J": packed(b"")}, WEIGHTS),
+    "no config": ({"tokenizer.json": packed(b"{}")}, WEIGHTS),
+    "no tokenizer": ({"config.json": packed(b"{}")}, WEIGHTS),
+    "a flood": ({**CONFIG_AND_TOKENIZER, "vocab.json": packed(bytes(2**28))}, WEIGHTS),
+    "not packed": ({**CONFIG_AND_TOKENIZER, "vocab.json": np.zeros(9, dtype=np.uint8)}, WEIGHTS),
+    "half": ({**CONFIG_AND_TOKENIZER, "vocab.json": packed(b"abcdef")[:-3]}, WEIGHTS),
+    "more": ({**CONFIG_AND_TOKENIZER, "vocab.json": np.append(packed(b""), np.uint8(0))}, WEIGHTS),
+    "numbers": ({**CONFIG_AND_TOKENIZER, "vocab.json": np.zeros(4, dtype=np.float32)}, WEIGHTS),
+    "no digests": (CONFIG_AND_TOKENIZER, {}),
+    "a list of digests": (CONFIG_AND_TOKENIZER, ["a" * 64]),
+    "a digest of nothing": (CONFIG_AND_TOKENIZER, {"config.json": "a" * 64}),
+    "a short digest": (CONFIG_AND_TOKENIZER, {"model.safetensors": "a" * 63}),
+    "a number for a digest": (CONFIG_AND_TOKENIZER, {"model.safetensors": 7}),
+}
+
+
+def test_a_model_that_has_changed_since_gets_no_stand_in(student_folder: Path, tmp_path: Path) -> None:
+    options = ModelOptions(model=str(student_folder))
+    with pytest.raises(ModelError, match="has changed or is damaged"):
+        save_stand_in(options, "0" * 64, tmp_path / "teacher.safetensors")
+
+
+@pytest.mark.parametrize(("tensors", "digests"), HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_hostile_stand_in_is_refused(tensors: dict[str, np.ndarray], digests: object, tmp_path: Path) -> None:
+    path = tmp_path / "teacher.safetensors"
+    save_file(tensors, path, metadata={"digests": json.dumps(digests)})
+    line = refusal_of(path)
+    assert "Import it again" in line
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("written", [b"", b"\xff" * 100, b"\x02" + bytes(7) + b"{}", b"\x10" + bytes(7) + b"[" * 16])
+def test_what_is_no_stand_in_is_refused(written: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "teacher.safetensors"
+    path.write_bytes(written)
+    assert "Import it again" in refusal_of(path)
+    with path.open("wb") as huge:
+        huge.truncate(2**27 + 1)
+    assert "larger than 128 MiB" in refusal_of(path)

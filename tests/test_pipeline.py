@@ -499,7 +499,6 @@ def test_a_damaged_shard_is_captured_again_alone(place: Place) -> None:
     assert place.weights() == weights
 
 
-@pytest.mark.xfail(strict=True, reason="nothing is missing, so the head is not written again, and the student has none")
 @pytest.mark.parametrize("damage", ["gone", "cut"])
 def test_a_head_that_is_damaged_is_written_again(place: Place, damage: str) -> None:
     place.config["targets"] = EXACT

@@ -16,9 +16,10 @@ from test_cache import killed_at
 from test_shards import KINDS, assert_same, key_of, make_reply
 
 from true_kd import stores
-from true_kd.cache import FORMAT, CacheIdentity, TargetCache, read_manifest
+from true_kd.cache import FORMAT, TEACHER, CacheIdentity, TargetCache, read_manifest
 from true_kd.errors import CacheError, InputError, TrueKDError
 from true_kd.files import digest_file, digest_json
+from true_kd.models.stand_in import read_stand_in, write_stand_in
 from true_kd.stores import checking
 from true_kd.targets import TargetOptions
 
@@ -867,6 +868,101 @@ def test_a_link_for_a_shard_is_replaced_and_not_followed(exported: Path, tmp_pat
     stores.import_store(exported, tmp_path / "there")
     assert (tmp_path / "outside").read_text() == "mine"
     assert present(tmp_path / "there") == [A, B, C, D]
+
+
+# What travels beside the replies.
+
+DEMAND = "demand-0123456789abcdef.json"
+
+
+def stand_in(path: Path, config: bytes = b"{}") -> str:
+    """Write a teacher without its weights; its digest."""
+    write_stand_in(path, {"config.json": config, "tokenizer.json": b"{}"}, {"model.safetensors": "e" * 64})
+    return read_stand_in(path).digest
+
+
+@pytest.fixture
+def known(tmp_path: Path) -> TargetCache:
+    """A cache that knows its teacher, and what a budget needs of it."""
+    teacher = stand_in(tmp_path / "stand-in")
+    facts = {**IDENTITY.facts, "teacher": teacher}
+    cache = TargetCache(tmp_path / "known", CacheIdentity(facts, IDENTITY.about))
+    cache.add({A: make_reply(1)})
+    cache.keep(TEACHER, stand_in)
+    demand = {"entries": [2.0, 3.5], "reply_tokens": 4.5, "tokens": 9}
+    cache.keep(DEMAND, lambda path: path.write_text(json.dumps(demand)))
+    return cache
+
+
+def test_a_teacher_and_its_demand_travel_with_the_replies(known: TargetCache, tmp_path: Path) -> None:
+    store = stores.read_store(known.folder)
+    assert (len(store.files), len(store.shards), store.stray, store.others) == (3, 1, (), ())
+    assert found_in(known.folder) == {}
+    stores.export_store(store, tmp_path / "export")
+    moved = stores.import_store(tmp_path / "export", tmp_path / "there")
+    assert (moved.files, moved.replies) == (3, 1)
+    for name in (TEACHER, DEMAND):
+        assert (moved.folder / name).read_bytes() == (known.folder / name).read_bytes()
+    assert stores.import_store(tmp_path / "export", tmp_path / "there").present == 3
+    (moved.folder / TEACHER).write_bytes(b"x")
+    assert stores.import_store(tmp_path / "export", tmp_path / "there").files == 1
+    assert found_in(moved.folder) == {}
+    stores.prune(stores.plan_pruning(stores.scan(tmp_path / "there").stores, keep_bytes=0))
+    assert not moved.folder.exists()
+
+
+def test_the_teacher_of_a_cache_is_found_by_the_start_of_its_key(known: TargetCache, root: Path) -> None:
+    assert stores.find_teacher(known.folder.parent, known.folder.name[:3]) == (known.folder / TEACHER, "some/teacher")
+    with pytest.raises(InputError, match=r"Run `true-kd capture` again"):
+        stores.find_teacher(root, IDENTITY.folder_name)
+    with pytest.raises(InputError, match="no such key"):
+        stores.find_teacher(known.folder.parent, "")
+    (known.folder / TEACHER).unlink()
+    with pytest.raises(CacheError, match=r"missing .* Import it again"):
+        stores.find_teacher(known.folder.parent, known.folder.name)
+
+
+def without_weights(path: Path) -> None:
+    write_stand_in(path, {"config.json": b"{}", "tokenizer.json": b"{}"}, {})
+
+
+FALSE: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "another teacher": (TEACHER, lambda path: stand_in(path, b"{ }")),
+    "no weights": (TEACHER, without_weights),
+    "no stand-in": (TEACHER, lambda path: path.write_bytes(b"\x02" + bytes(7) + b"{}")),
+    "a link": (TEACHER, leading_out),
+    "no numbers": (DEMAND, lambda path: path.write_text('{"entries": ["1"], "reply_tokens": 1, "tokens": 1}')),
+    "a negative demand": (DEMAND, lambda path: path.write_text('{"entries": [-1], "reply_tokens": 1, "tokens": 1}')),
+    "an endless demand": (DEMAND, lambda path: path.write_text('{"entries": [Infinity], "reply_tokens": 1}')),
+    "no demand": (DEMAND, lambda path: path.write_text("[" * 60_000)),
+    "a huge demand": (DEMAND, lambda path: path.write_bytes(b" " * 100_000)),
+}
+
+
+@pytest.mark.parametrize(("name", "forge"), FALSE.values(), ids=FALSE.keys())
+def test_a_forged_teacher_or_demand_with_the_right_digest_is_not_imported(
+    name: str, forge: Callable[[Path], object], known: TargetCache, tmp_path: Path
+) -> None:
+    stores.export_store(stores.read_store(known.folder), tmp_path / "export")
+    path = tmp_path / "export" / name
+    path.unlink()
+    forge(path)
+    sha256 = digest_file(path) if path.is_file() else "0" * 64
+    rewrite(tmp_path / "export", lambda line: line.update(sha256=sha256) if line["file"] == name else None)
+    with pytest.raises(CacheError, match="Nothing was imported") as caught:
+        stores.import_store(tmp_path / "export", tmp_path / "there")
+    assert str(caught.value).isprintable()
+    assert not (tmp_path / "there").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["demand-x.json", "demand-0123456789abcdef.json/x", "Teacher.safetensors", "../" + DEMAND]
+)
+def test_no_other_names_travel(name: str, known: TargetCache, tmp_path: Path) -> None:
+    stores.export_store(stores.read_store(known.folder), tmp_path / "export")
+    rewrite(tmp_path / "export", lambda line: line.update(file=name) if line["file"] == DEMAND else None)
+    with pytest.raises(CacheError, match="names no file of a cache"):
+        stores.import_store(tmp_path / "export", tmp_path / "there")
 
 
 # Kills.

@@ -23,7 +23,7 @@ from true_kd.models import LanguageModel, ModelTokenizer, Reply, generate_replie
 from true_kd.shards import estimate_bytes
 from true_kd.targets import TargetOptions, TargetSettings, count_entries
 
-THRESHOLDS = tuple(0.5 / 2 ** (step / 2) for step in range(19))
+THRESHOLDS = tuple(max(0.001, float(f"{0.5 / 2 ** (step / 2):.3g}")) for step in range(19))
 """The thresholds a budget chooses from, coarsest first: 0.5 to 0.001 in steps of the square root of 2."""
 
 _PROMPTS = 32
@@ -50,15 +50,22 @@ class BudgetChoice:
     bytes_per_token: float
     """As expected."""
     gigabytes: float
-    """As expected over all replies of the run."""
+    """As expected over the replies it was chosen for."""
     tokens: int
     """Tokens it was measured on."""
 
 
 def choose_settings(
-    options: TargetOptions, capture: CaptureOptions, vocab_size: int, replies: int, demand: Demand
+    options: TargetOptions,
+    capture: CaptureOptions,
+    vocab_size: int,
+    replies: int,
+    demand: Demand,
+    total_tokens: float | None = None,
 ) -> BudgetChoice:
     """The finest settings whose targets fit the budget of `options`, over so many replies.
+
+    `total_tokens` are those of all replies that share `options.gigabytes`; None where these are all.
 
     Raises
     ------
@@ -66,7 +73,8 @@ def choose_settings(
         when no threshold is coarse enough, with the smallest budget that would do.
     """
     base = options.settings
-    total_tokens = replies * demand.reply_tokens
+    tokens = replies * demand.reply_tokens
+    total_tokens = tokens if total_tokens is None else total_tokens
     allowed = math.inf if options.bytes_per_token is None else options.bytes_per_token
     if options.gigabytes is not None:
         allowed = min(allowed, options.gigabytes * 1e9 / total_tokens)
@@ -76,13 +84,22 @@ def choose_settings(
     ]
     fitting = [index for index, size in enumerate(sizes) if size <= allowed]
     if not fitting:
+        least = math.ceil(10 * sizes[0]) / 10
+        by_tokens = options.bytes_per_token is not None and options.bytes_per_token <= allowed
+        needed = least * total_tokens / 1e9
+        digit = 10.0 ** (math.floor(math.log10(needed)) - 1)
+        gigabytes = math.ceil(needed / digit) * digit
+        if by_tokens:
+            given, wanted = f"{allowed:g} bytes per token", f"{least:.1f}"
+        else:
+            given, wanted = f"{options.gigabytes:g} GB", f"{gigabytes:.2g} GB, {least:.1f} bytes per token,"
         raise InputError(
-            f"cache budget: {allowed:.1f} bytes per token, expected at least {sizes[0]:.1f} for this teacher's replies "
-            f"with targets.draw_temperature={base.draw_temperature:g}. Give more, or draw for a lower temperature."
+            f"cache budget: {given}, expected at least {wanted} for this teacher's replies with "
+            f"targets.draw_temperature={base.draw_temperature:g}. Give more, or draw for a lower temperature."
         )
     finest = fitting[-1]
     settings = replace(base, threshold=THRESHOLDS[finest])
-    return BudgetChoice(settings, sizes[finest], sizes[finest] * total_tokens / 1e9, demand.tokens)
+    return BudgetChoice(settings, sizes[finest], sizes[finest] * tokens / 1e9, demand.tokens)
 
 
 def demand_path(options: TargetOptions, capture: CaptureOptions, text: ModelTokenizer, root: Path) -> Path:
@@ -103,9 +120,10 @@ def read_demand(path: Path) -> Demand | None:
         demand = Demand(
             tuple(float(value) for value in record["entries"]), float(record["reply_tokens"]), int(record["tokens"])
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
-    sound = len(demand.entries) == len(THRESHOLDS) and min(*demand.entries, demand.reply_tokens) > 0
+    numbers = (*demand.entries, demand.reply_tokens)
+    sound = len(demand.entries) == len(THRESHOLDS) and all(0 < value < math.inf for value in numbers)
     return demand if sound else None
 
 
@@ -118,20 +136,18 @@ def measure(
     teacher: LanguageModel, prompts: Sequence[TeacherPrompt], options: CaptureOptions, base: TargetSettings
 ) -> Demand:
     """Count the entries that some of the prompts' replies need at each threshold."""
-    step = max(1, len(prompts) // _PROMPTS)
-    sample = [*prompts[::step]][:_PROMPTS]
+    places = np.unique(np.linspace(0, len(prompts) - 1, _PROMPTS).round().astype(int))
+    sample = [prompts[place] for place in places]
     given = [prompt for prompt in sample if prompt.rendered.response is not None]
     asked = [prompt for prompt in sample if prompt.rendered.response is None]
     counts: list[np.ndarray] = []
     lengths = [len(prompt.rendered.response or ()) for prompt in given]
     split = split_head(teacher.module)
     for prompt in given:
-        response = (prompt.rendered.response or [])[:_TOKENS]
+        response = (prompt.rendered.response or [])[: max(_TOKENS // len(given), 32)]
         first = len(prompt.rendered.prompt) - 1
         states = split.body(mx.array([[*prompt.rendered.prompt, *response]]))[0, first : first + len(response)]
         counts.append(_count(split.head(states), mx.array(response), base))
-        if sum(len(count) for count in counts) >= _TOKENS:
-            break
     if asked:
         seeds = [seed_of(f"{options.seed} {prompt.key}") for prompt in asked]
         replies: Sequence[Reply] = ()

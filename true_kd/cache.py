@@ -25,7 +25,16 @@ import numpy as np
 from filelock import FileLock
 
 from true_kd.errors import CacheError
-from true_kd.files import digest_file, digest_json, expand, make_folder, sync_folder, write_atomic, write_json
+from true_kd.files import (
+    CannotWrite,
+    digest_file,
+    digest_json,
+    expand,
+    make_folder,
+    sync_folder,
+    write_atomic,
+    write_json,
+)
 from true_kd.models import STAND_IN
 from true_kd.shards import CachedReply, pack_replies, read_keys, unpack_replies
 from true_kd.targets import TeacherHead
@@ -127,7 +136,13 @@ def read_manifest(folder: Path) -> dict[str, StoredFile]:
     """The files of a cache by name; lines that a kill cut short, or that mean nothing, are passed over."""
     path = folder / MANIFEST
     files: dict[str, StoredFile] = {}
-    for line in path.read_bytes().splitlines() if path.exists() else ():
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return files
+    except OSError as error:
+        raise CacheError(f"{path}: cannot be read ({error.strerror}), expected a manifest. Check it.") from error
+    for line in lines:
         if file := parse_line(line):
             # Of two lines with one file the later counts, also in the order of files.
             files.pop(file.name, None)
@@ -194,6 +209,10 @@ class TargetCache:
         self.add_file(name, len(replies), tokens, lambda path: path.write_bytes(payload))
         self._locate(name, replies)
 
+    def stored_tokens(self, keys: Iterable[str]) -> int:
+        """Response tokens in the shards that hold `keys`, those of other replies included."""
+        return sum(self._files[shard].tokens for shard in {self._find(key) for key in keys} if shard)
+
     def count_tokens(self, keys: Iterable[str]) -> int:
         """Response tokens of the replies of `keys`."""
         return sum(len(reply.tokens) for reply in self.read(keys).values())
@@ -233,14 +252,17 @@ class TargetCache:
                 write_json(self.folder / ABOUT, {"created": created, **self.identity.about})
             write_atomic(path, write)
             file = StoredFile(name, digest_file(path), replies, tokens)
-            with (self.folder / MANIFEST).open("a+b") as manifest:
-                # A kill may have left half a line; a line of its own keeps it from spoiling this one.
-                if manifest.tell() and not _ends_line(manifest):
-                    manifest.write(b"\n")
-                manifest.write(file.line)
-                manifest.flush()
-                os.fsync(manifest.fileno())
-            sync_folder(self.folder)
+            try:
+                with (self.folder / MANIFEST).open("a+b") as manifest:
+                    # A kill may have left half a line; a line of its own keeps it from spoiling this one.
+                    if manifest.tell() and not _ends_line(manifest):
+                        manifest.write(b"\n")
+                    manifest.write(file.line)
+                    manifest.flush()
+                    os.fsync(manifest.fileno())
+                sync_folder(self.folder)
+            except OSError as error:
+                raise CannotWrite(self.folder / MANIFEST, error) from error
         self._files[name] = file
         self._whole[file] = True
 

@@ -1,7 +1,8 @@
 """The teacher answers every prompt once; its distribution at each response token goes to the cache.
 
 Where a prompt brings a completion, the teacher scores that; elsewhere it writes the reply itself, in batches, and the
-distribution is taken from the very logits of the decoding steps. What the cache holds already is not done again.
+distribution is taken from the very logits of the decoding steps (hidden states: from a second pass over the finished
+reply). What the cache holds already is not done again.
 """
 
 from __future__ import annotations

@@ -72,9 +72,9 @@ class LineView:
                     self.say(f"{domain}: {data.differing_ids:,} ids stand for different tokens in teacher and student")
             case events.BudgetChosen(choice):
                 self.say(_budget(choice))
-            case events.DomainCaptured(domain, replies, tokens, size, folder):
+            case events.DomainCaptured(domain, replies, tokens, size, per_token, folder):
                 self.say(
-                    f"{domain}: {replies} replies, {tokens:,} tokens, {_size(size)} ({size / tokens:,.0f} bytes/token) "
+                    f"{domain}: {replies} replies, {tokens:,} tokens, {_size(size)} ({per_token:,.0f} bytes/token) "
                     f"in {folder}"
                 )
             case events.CaptureFinished(domains, failures, seconds):

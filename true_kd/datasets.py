@@ -68,7 +68,7 @@ def build_data(job: Job, student: LanguageModel) -> DomainData:
         cut_replies=sum(replies[key].finished == "length" for key in keys),
         differing_ids=job.vocabulary.differing,
         cache_bytes=targets.cache.size(keys),
-        cache_tokens=sum(len(reply.tokens) for reply in replies.values()),
+        cache_tokens=targets.cache.stored_tokens(keys),
     )
     return DomainData(examples["train"], examples["valid"], checkable, counts)
 

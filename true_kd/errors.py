@@ -66,9 +66,9 @@ class CacheError(TrueKDError):
 class PoorTargetsError(InputError):
     """The cached targets say too little about the teacher to train on."""
 
-    def __init__(self, domain: str, cosine: float, least: float, temperature: float) -> None:
+    def __init__(self, cosine: float, least: float, temperature: float) -> None:
         super().__init__(
-            f"{domain}: the gradient from the cached targets has a cosine of {cosine:.3f} to that from full logits at "
+            f"cached targets: the gradient from them has a cosine of {cosine:.3f} to that from full logits at "
             f"temperature {temperature:g}, expected at least {least:g}. Keep more (targets.preset hot, or a smaller "
             "targets.threshold), lower --temperature, or set fidelity.when_poor=warn."
         )

@@ -51,6 +51,9 @@ class DomainCaptured:
     replies: int
     tokens: int
     cache_bytes: int
+    """Of the files that hold them, whole."""
+    bytes_per_token: float
+    """Over those files."""
     folder: Path
 
 

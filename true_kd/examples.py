@@ -114,9 +114,18 @@ def _apply(
 
     tools = [_plain(tool) for tool in prompt.tools] if prompt.tools else None
     try:
-        return list(tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=add_generation_prompt))
+        return list(
+            tokenizer.apply_chat_template(
+                messages, tools=tools, add_generation_prompt=add_generation_prompt, date_string=_DATE
+            )
+        )
     except (JinjaError, TypeError, ValueError, KeyError) as error:
         raise TemplateError(prompt.where, model, " ".join(str(error).split())[:160]) from error
+
+
+_DATE = "26 Jul 2024"
+"""The day that Llama's templates print where they cannot ask the clock: with that of today the cache would miss
+everything tomorrow."""
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import mlx.core as mx
@@ -123,7 +123,7 @@ def certify(
         temperature=losses.temperature,
         tokens=tokens,
         tail_mass=float(np.mean(np.concatenate(tails))),
-        kl_floor=math.sqrt(squares) / tokens,
+        kl_floor=max(math.sqrt(squares) / tokens, losses.temperature**2 * (1.0 - seen)),
         cosine=seen * (math.sqrt(max(0.0, 1.0 - noise / signal)) if signal > 0 else 1.0),
         worst=tuple(sorted(places, key=lambda place: -place.tail_mass)[:3]),
         bytes_per_token=cache_bytes / cache_tokens,
@@ -145,7 +145,9 @@ def _drawn_share(examples: Sequence[Example], temperature: float, tails: Sequenc
     drawn, tail, total = 0.0, 0.0, 0
     for example, masses in zip(examples, tails, strict=True):
         if isinstance(example.targets, SparseTargets):
-            weights, _ = example.targets.at_temperature(temperature)
+            # Ids that the student lacks were drawn as well.
+            known = replace(example.targets, ids=np.zeros_like(example.targets.ids))
+            weights, _ = known.at_temperature(temperature)
             drawn += float(weights[~example.targets.exact].sum())
         tail, total = tail + float(masses.sum()), total + len(masses)
     return 1.0 if drawn >= tail / 2 else 1.0 - (tail - drawn) / total
@@ -160,7 +162,8 @@ def _flip(targets: SparseTargets, temperature: float, rng: np.random.Generator) 
     drawn = np.cumsum(~targets.exact)
     start = rng.integers(0, 2, len(targets))[targets.rows]
     signs = np.where((drawn + start) % 2 == 0, 1.0, -1.0)
-    return np.where(targets.exact, 0.0, signs * weights).astype(np.float32), logprobs
+    # An id that was nearly sure to be drawn is hardly chance: its weight varies by the square root of 1 - probability.
+    return (signs * weights * np.sqrt(1.0 - targets.drawn_chance)).astype(np.float32), logprobs
 
 
 def _square_norm(student: nn.Module, batches: Sequence[Batch], losses: LossOptions, tokens: int) -> float:

@@ -56,7 +56,7 @@ def distill(jobs: Sequence[Job], failures: Mapping[str, TrueKDError] | None = No
         try:
             todo = yield from _skip_finished(jobs, ledger)
             for group in _group_by_teacher(todo):
-                captured = yield from _capture_all(group, ledger)
+                captured = yield from _capture_all(group, ledger, jobs)
                 for job in captured:
                     yield from _train_isolated(job, ledger)
         finally:
@@ -79,18 +79,27 @@ def capture(jobs: Sequence[Job], failures: Mapping[str, TrueKDError] | None = No
     ledger = _Ledger()
     done: list[str] = []
     jobs, refused = _find_teachers(jobs, failures or {})
+    tokenizer = cache(open_tokenizer)
+    for job in jobs:
+        try:
+            tokenizer(job.teacher.options, "teacher")
+        except TrueKDError as error:
+            refused[job.domain] = error
+    if refused.keys() >= {job.domain for job in jobs}:
+        refuse(refused)
     for domain, error in refused.items():
         yield ledger.failed(domain, error)
+    jobs = [job for job in jobs if job.domain not in refused]
     for group in _group_by_teacher(jobs):
         for job in group:
             make_folder(job.config.cache_folder)
-        for job in (yield from _capture_all(group, ledger)):
+        for job in (yield from _capture_all(group, ledger, jobs)):
             prompts = {prompt.key for prompt in (*job.targets.train, *job.targets.valid)}
-            cache = job.targets.cache
+            kept = job.targets.cache
             done.append(job.domain)
-            yield events.DomainCaptured(
-                job.domain, len(prompts), cache.count_tokens(prompts), cache.size(prompts), cache.folder
-            )
+            size, tokens = kept.size(prompts), kept.count_tokens(prompts)
+            per_token = size / kept.stored_tokens(prompts)
+            yield events.DomainCaptured(job.domain, len(prompts), tokens, size, per_token, kept.folder)
     yield events.CaptureFinished(tuple(done), ledger.failures, time.perf_counter() - started)
 
 
@@ -206,7 +215,9 @@ def _group_by_teacher(jobs: Sequence[Job]) -> list[list[Job]]:
     return list(groups.values())
 
 
-def _capture_all(group: Sequence[Job], ledger: _Ledger) -> Generator[events.Event, None, list[Job]]:
+def _capture_all(
+    group: Sequence[Job], ledger: _Ledger, everyone: Sequence[Job]
+) -> Generator[events.Event, None, list[Job]]:
     """The jobs whose targets are in the cache. When this returns, the teacher is gone from memory."""
     mx.reset_peak_memory()
     captured: list[Job] = []
@@ -217,7 +228,8 @@ def _capture_all(group: Sequence[Job], ledger: _Ledger) -> Generator[events.Even
             yield ledger.failed(job.domain, error)
         return captured
     try:
-        settings = yield from choose_targets(group, teacher)
+        alike = [job for job in everyone if job.teacher.options == teacher.options]
+        settings = yield from choose_targets(group, teacher, alike)
     except TrueKDError as error:
         for job in group:
             yield ledger.failed(job.domain, error)

@@ -53,7 +53,7 @@ class DataCounts:
     cache_bytes: int
     """Size of the cache files that hold the domain's targets."""
     cache_tokens: int = 0
-    """Response tokens of the domain's replies in the cache."""
+    """Response tokens in those files, of other domains as well where they share one."""
 
 
 @dataclass(frozen=True)

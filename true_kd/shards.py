@@ -113,7 +113,8 @@ def estimate_bytes(
     id_bits = min(ids, 2 + math.log2(vocab_size / entries))
     value_bits = min(entries, 2.0) * LOGPROB_BITS + max(entries - 2.0, 0.0) * DRAWN_BITS
     row = entries * (id_bits + 1) + value_bits + 2 * width_of(round(2 * entries)) + len(TAIL_TEMPERATURES) * TAIL_BITS
-    token = settings.share * row + (0.0 if settings.share == 1.0 else 1 + (1 - settings.share) * ids)
+    share = max(settings.share, min(1.0, 1.0 / reply_tokens))  # one token of each reply at least
+    token = share * row + (0.0 if share == 1.0 else 1 + (1 - share) * ids)
     reply = _KEY_BYTES + 1 + width_of(round(2 * reply_tokens)) / 8
     return token / 8 + (reply + _HEADER_BYTES / shard_replies) / reply_tokens
 

@@ -53,9 +53,11 @@ def distill_student(job: Job) -> Generator[events.Event, None, KDResult]:
     add_lora(student.module, config.lora)
     fidelity = _certify(job, student, data)
     clock.stop("evaluation")
-    yield events.Certified(job.domain, fidelity, fidelity.is_poor(config.fidelity))
-    if fidelity.refuses(config.fidelity):
-        raise PoorTargetsError(job.domain, fidelity.cosine, config.fidelity.least_cosine, config.losses.temperature)
+    # With alpha 0 nothing is taken from the targets.
+    poor = config.losses.alpha > 0 and fidelity.is_poor(config.fidelity)
+    yield events.Certified(job.domain, fidelity, poor)
+    if poor and fidelity.refuses(config.fidelity):
+        raise PoorTargetsError(fidelity.cosine, config.fidelity.least_cosine, config.losses.temperature)
     _begin_folder(job)
     run = yield from _train(job, student, data, clock)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -12,8 +14,8 @@ import mlx.core as mx
 from true_kd import events
 from true_kd.budget import Demand, choose_settings, demand_path, measure, read_demand, write_demand
 from true_kd.cache import TEACHER, TargetCache
-from true_kd.capture import CaptureOptions, capture, render_for, teacher_identity
-from true_kd.errors import ModelError
+from true_kd.capture import CaptureOptions, TeacherPrompt, capture, render_for, teacher_identity
+from true_kd.errors import ModelError, TrueKDError
 from true_kd.evaluation import EvaluationOptions, score_answers
 from true_kd.jobs import CapturedTargets, Job
 from true_kd.models import (
@@ -60,8 +62,13 @@ class Teacher:
         return opened
 
 
-def choose_targets(group: Sequence[Job], teacher: Teacher) -> Generator[events.Event, None, dict[str, TargetSettings]]:
+def choose_targets(
+    group: Sequence[Job], teacher: Teacher, everyone: Sequence[Job]
+) -> Generator[events.Event, None, dict[str, TargetSettings]]:
     """How much each domain keeps: by its own options, or by what a budget allows over all that share it.
+
+    `everyone` are the jobs of the run with this teacher, those included that are finished: a total is shared among
+    all of them, so that a run that is resumed comes to the same.
 
     Raises
     ------
@@ -69,36 +76,76 @@ def choose_targets(group: Sequence[Job], teacher: Teacher) -> Generator[events.E
         when a budget is too small, or was never measured and the teacher's weights are not here.
     """
     chosen = {job.domain: job.config.targets.settings for job in group}
-    budgets: dict[tuple[TargetOptions, CaptureOptions], list[Job]] = {}
-    for job in group:
-        if job.config.targets.has_budget:
-            budgets.setdefault((job.config.targets, job.config.capture), []).append(job)
-    for (options, capturing), jobs in budgets.items():
-        asked = [prompt for job in jobs for prompt in (*job.train_prompts, *job.valid_prompts)]
-        prompts = render_for(teacher.text, asked, capturing)
-        root = jobs[0].config.cache_folder
-        path = demand_path(options, capturing, teacher.text, root)
-        demand = _find_demand(path)
-        if demand is None:
-            if not teacher.has_weights:
-                raise ModelError(
-                    f"teacher {quote(jobs[0].config.teacher.model)}: its weights are not here, and no cache knows what "
-                    "it needs of a budget on disk. Capture with a budget where the teacher is, and import that, or set "
-                    "targets.threshold instead."
-                )
-            if not teacher.is_open:
-                yield events.TeacherOpening(teacher.options.model)
-            demand = measure(teacher.open(), prompts, capturing, options.settings)
-            write_demand(path, demand)
-        replies = len({prompt.key for prompt in prompts})
-        choice = choose_settings(options, capturing, teacher.text.size, replies, demand)
+    shares = _share_budgets(everyone, teacher)
+    wanted = {_way(job) for job in group}
+    totals: dict[TargetOptions, float] = {}
+    demands: dict[_Way, Demand] = {}
+    for way, jobs in shares.items():
+        options = way[0]
+        if options not in {mine[0] for mine in wanted}:
+            continue
+        demands[way] = yield from _measured(way, jobs, teacher)
+        totals[options] = totals.get(options, 0.0) + len(jobs.keys) * demands[way].reply_tokens
+    for way in [way for way in shares if way in wanted]:
+        (options, capturing), demand = way, demands[way]
+        choice = choose_settings(options, capturing, teacher.text.size, len(shares[way].keys), demand, totals[options])
         yield events.BudgetChosen(choice)
         if teacher.has_weights:
             # It travels with the replies, so that the budget chooses the same where the teacher is not.
-            kept = TargetCache(root, teacher_identity(teacher.text, choice.settings))
-            kept.keep(path.name, partial(write_demand, demand=demand))
-        chosen.update({job.domain: choice.settings for job in jobs})
+            kept = TargetCache(shares[way].root, teacher_identity(teacher.text, choice.settings))
+            name = demand_path(options, capturing, teacher.text, shares[way].root).name
+            kept.keep(name, partial(write_demand, demand=demand))
+        chosen.update({job.domain: choice.settings for job in group if _way(job) == way})
     return chosen
+
+
+_Way = tuple[TargetOptions, CaptureOptions]
+"""Jobs that keep and capture alike need alike."""
+
+
+@dataclass
+class _Asked:
+    """The prompts that share a budget and a way of capturing."""
+
+    model: str
+    root: Path
+    prompts: list[TeacherPrompt] = field(default_factory=list)
+
+    @property
+    def keys(self) -> set[str]:
+        return {prompt.key for prompt in self.prompts}
+
+
+def _way(job: Job) -> _Way:
+    return job.config.targets, job.config.capture
+
+
+def _share_budgets(jobs: Sequence[Job], teacher: Teacher) -> dict[_Way, _Asked]:
+    shares: dict[_Way, _Asked] = {}
+    for job in jobs:
+        if job.config.targets.has_budget:
+            asked = shares.setdefault(_way(job), _Asked(job.config.teacher.model, job.config.cache_folder))
+            with contextlib.suppress(TrueKDError):  # a domain that cannot be rendered fails in its own turn
+                asked.prompts += render_for(teacher.text, [*job.train_prompts, *job.valid_prompts], job.config.capture)
+    return {way: asked for way, asked in shares.items() if asked.prompts}
+
+
+def _measured(way: _Way, asked: _Asked, teacher: Teacher) -> Generator[events.Event, None, Demand]:
+    options, capturing = way
+    path = demand_path(options, capturing, teacher.text, asked.root)
+    demand = _find_demand(path)
+    if demand is not None:
+        return demand
+    if not teacher.has_weights:
+        raise ModelError(
+            f"teacher {quote(asked.model)}: its weights are not here, and no cache knows what it needs of a budget on "
+            "disk. Capture with a budget where the teacher is, and import that, or set targets.threshold instead."
+        )
+    if not teacher.is_open:
+        yield events.TeacherOpening(teacher.options.model)
+    demand = measure(teacher.open(), asked.prompts, capturing, options.settings)
+    write_demand(path, demand)
+    return demand
 
 
 def _find_demand(path: Path) -> Demand | None:
@@ -156,19 +203,24 @@ def capture_domain(
 
 def _keep_teacher(cache: TargetCache, teacher: Teacher) -> None:
     if teacher.has_weights:
-        cache.keep(TEACHER, lambda path: save_stand_in(teacher.options, path))
+        cache.keep(TEACHER, lambda path: save_stand_in(teacher.options, teacher.text.digest, path))
 
 
 def _refusal(job: Job, cache: TargetCache, missing: int, total: int) -> ModelError:
     """What to say where a teacher that only a cache knows is asked for more than that."""
     known, name = Path(job.teacher.options.model).parent.name, cache.folder.name
-    lacks = f"{missing} of the {total} prompts are not" if missing else "its output head is not"
-    if name == known:
-        remedy = "Capture where the teacher is, with these prompts, and import the cache again."
+    verb = "is" if missing == 1 else "are"
+    lacks = f"{missing} of the {total} prompts {verb} not" if missing else "its output head is not"
+    if not missing:
+        remedy = "Import that cache again."
+    elif name == known:
+        remedy = "Capture with these prompts and configs where the teacher is, and import the cache again."
     else:
         remedy = f"Set targets as `true-kd cache info {known[:8]}` shows them, or capture so where the teacher is."
     where = f"in cache {name[:8]}" + ("" if name == known else ", that of this run's targets")
-    return ModelError(f"teacher {quote(job.config.teacher.model)}: its weights are not here, and {lacks} {where}. {remedy}")
+    return ModelError(
+        f"teacher {quote(job.config.teacher.model)}: its weights are not here, and {lacks} {where}. {remedy}"
+    )
 
 
 def _score(

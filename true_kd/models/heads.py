@@ -10,6 +10,8 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
+from true_kd.errors import ModelError
+
 
 @dataclass(frozen=True)
 class Split:
@@ -51,11 +53,17 @@ def split_head(module: nn.Module) -> Split:
 def save_head(module: nn.Module, path: Path) -> None:
     """Write a model's output head, quantised or not, as a safetensors file that `load_head` reads.
 
-    Right for models that `split_head` takes apart, whose head is one linear map.
+    Raises
+    ------
+    ModelError
+        when the head is not one plain linear layer or embedding, such as one that bears an adapter.
     """
     layer = _output_layer(module)
-    if layer is None:
-        raise ValueError("a model without an output layer of its own")
+    if type(layer) not in (nn.Linear, nn.Embedding, nn.QuantizedLinear, nn.QuantizedEmbedding):
+        raise ModelError(
+            f"teacher: its output head is a {type(layer).__name__}, expected a plain linear layer to keep for "
+            "targets.preset exact. Choose another preset."
+        )
     packing = {name: getattr(layer, name) for name in ("group_size", "bits", "mode") if hasattr(layer, name)}
     arrays = {name: value for name, value in layer.parameters().items() if isinstance(value, mx.array)}
     mx.save_safetensors(str(path), arrays, metadata={"packing": json.dumps(packing)})
@@ -72,7 +80,8 @@ def load_head(path: Path) -> Callable[[mx.array], mx.array]:
         if scales is None:
             logits = states.astype(weight.dtype) @ weight.T
         else:
-            states = states.astype(scales.dtype) if scales.dtype != mx.uint8 else states
+            # Scales of the mx and nv formats are bytes, which say nothing of the arithmetic.
+            states = states.astype(mx.float32 if scales.dtype == mx.uint8 else scales.dtype)
             logits = mx.quantized_matmul(
                 states, weight, scales=scales, biases=arrays.get("biases"), transpose=True, **packing
             )

@@ -165,7 +165,7 @@ def describe(options: ModelOptions, seam: str) -> ModelFiles:
 def _describe_stand_in(path: Path, options: ModelOptions) -> ModelFiles:
     if options.adapter is not None:
         raise ModelError(
-            f"teacher.adapter {quote(options.adapter)}: given with a teacher whose weights are not here, expected none: "
+            f"teacher.adapter {quote(options.adapter)}: given with a teacher that only a cache knows, expected none: "
             "the one it was captured with is part of it. Leave it out."
         )
     try:
@@ -176,18 +176,18 @@ def _describe_stand_in(path: Path, options: ModelOptions) -> ModelFiles:
         ) from error
 
 
-def save_stand_in(options: ModelOptions, path: Path) -> None:
-    """Write a teacher's stand-in: `ModelOptions` with its path as the model know all of it but the weights.
+def save_stand_in(options: ModelOptions, digest: str, path: Path) -> None:
+    """Write the stand-in of a teacher of that digest; as a model's name, its path stands for all but the weights.
 
     Raises
     ------
     ModelError
-        when a file is not what its digest says.
+        when a file is not what its digest says, or has changed since the digest was taken.
     """
     files = describe(options, "teacher")
     texts = {name: (files.path / name).read_bytes() for name in TEXT_FILES if name in files.digests}
     write_stand_in(path, texts, {name: found for name, found in files.digests.items() if name not in texts})
-    if read_stand_in(path).digests != files.digests:
+    if read_stand_in(path).digest != digest:
         raise ModelError(
             f"teacher {quote(options.model)}: a file in {files.path} has changed or is damaged, expected that of its "
             "digest. Run again, or download it again."

@@ -29,6 +29,7 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model
 TEXT_FILES = (
     "config.json",
     "generation_config.json",
+    "hf_quant_config.json",
     *TOKENIZERS,
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -87,7 +88,7 @@ def read_stand_in(path: Path) -> StandIn:
             others = json.loads((opened.metadata() or {})["digests"])
             for name in sorted(opened.keys()):
                 if name not in TEXT_FILES:
-                    raise ValueError(f"holds {name[:40]!r}, which is no file of a tokenizer")
+                    raise ValueError(f"holds {name[:40]!r}, which is no text file of a model")
                 texts[name] = _inflate(opened.get_tensor(name), left)
                 left -= len(texts[name])
     except (SafetensorError, KeyError, TypeError, AttributeError, RecursionError, zlib.error) as error:

@@ -80,7 +80,7 @@ class TargetOptions(Options):
         )
 
 
-# Chosen by `scripts/bench_cache.py`; docs/cache.md shows its table.
+# Chosen by `scripts/bench_cache.py` and `scripts/bench_quality.py`; docs/cache.md in this package shows their tables.
 _PRESETS: dict[Preset, TargetSettings] = {
     "tiny": TargetSettings("sparse", 0.2, 1.0, 1.0),
     "default": TargetSettings("sparse", 0.02, 2.0, 1.0),

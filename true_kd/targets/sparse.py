@@ -87,6 +87,13 @@ class SparseTargets:
         left unassigned, not handed to the others."""
         return replace(self, ids=np.where(self.ids >= 0, id_map[self.ids], -1).astype(np.int32))
 
+    @property
+    def drawn_chance(self) -> np.ndarray:
+        """float64 [E], the probability with which each entry came into its row: 1 for exact ones."""
+        each = np.where(self.exact, 1.0, self._drawn_masses())
+        chance = np.exp(self.logprobs / self.draw_temperature) / np.maximum(each, 1e-300)
+        return np.where(self.exact, 1.0, np.minimum(chance, 1.0))
+
     def tail_mass(self, temperature: float) -> np.ndarray:
         """float64 [N], share of the distribution softened by `temperature` that is not kept exactly."""
         tail, total = self._masses(temperature)
