@@ -111,13 +111,16 @@ def table(runs: list[Run]) -> str:
     """Ratios to full logits as a Markdown table, a row per setting."""
     base = {(run.domain, run.temperature, run.seed): run for run in runs if run.settings == FULL}
     temperatures = sorted({run.temperature for run in runs})
-    head = "".join(f"  T = {at:g}: KL, KL at T |" for at in temperatures)
+    head = "".join(f" T = {at:g}: KL, KL at T |" for at in temperatures)
     lines = [f"| cache | bytes/token |{head}", "|---|---|" + "---|" * len(temperatures)]
     for name in dict.fromkeys(run.settings for run in runs):
         mine = [run for run in runs if run.settings == name]
         cells = []
         for at in temperatures:
             pairs = [(run, base[run.domain, at, run.seed]) for run in mine if run.temperature == at]
+            if not pairs:
+                cells.append(" - |")
+                continue
             ratios = [
                 np.exp(np.mean([np.log(getattr(run, kind) / getattr(full, kind)) for run, full in pairs]))
                 for kind in ("kl", "soft_kl")

@@ -290,16 +290,17 @@ def expected(teacher: LanguageModel, prompts: Sequence[Prompt], options: TargetO
 
 
 @pytest.mark.parametrize(
-    ("budget", "options"),
+    ("domain", "budget", "options"),
     [
-        (20.0, {}),
-        (80.0, {}),
-        (40.0, {"draw_temperature": 4.0}),
-        (30.0, {"share": 0.5}),
+        ("thinking", 20.0, {}),
+        ("thinking", 40.0, {"draw_temperature": 4.0}),
+        ("memory", 80.0, {}),
+        ("memory", 30.0, {"share": 0.5}),
+        ("task", 40.0, {}),
+        ("task", 20.0, {"share": 0.5, "draw_temperature": 4.0}),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("domain", DOMAINS)
 def test_the_cache_takes_what_was_expected(
     domain: str,
     budget: float,
@@ -564,3 +565,12 @@ def test_a_domain_whose_prompts_cannot_be_rendered_fails_alone(place: Budgeted) 
     place.write("b", [{"text": "h"}, {"text": "hello to the world"}])
     assert list(failures_of(place.capture("a", "b", targets={"threshold": 0.1}))) == ["b"]
     assert list(failures_of(place.capture("a", "b"))) == ["b"]
+
+
+def test_domains_that_keep_different_shares_share_the_total(place: Budgeted) -> None:
+    place.write("b", ["who said hello", "where is the cat", "say hello to the mat"])
+    (place.root / "b.yaml").write_text(json.dumps({"targets": {"share": 0.5}}))
+    total = 6e-6
+    seen = place.capture("a", "b", targets__bytes_per_token=None, targets__gigabytes=total)
+    assert failures_of(seen) == {}
+    assert sum(event.choice.gigabytes for event in of(events.BudgetChosen, seen)) <= total

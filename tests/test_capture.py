@@ -645,8 +645,8 @@ def check_files(folder: Path) -> None:
 
 
 KILLS = {
-    "in the third shard": ({"replies": 17, "steps": 7}, 16),
-    "before its second shard has a name": ({"renames": 1}, 24),
+    "after a burst of replies": ({"replies": 17, "steps": 7}, 24),
+    "before its second shard has a name": ({"renames": 1}, 32),
     "at the last reply": ({"replies": 44}, 40),
 }
 """Where a capture of 44 replies, 8 in a shard, is killed time and again, and how many replies are left of it."""

@@ -969,15 +969,23 @@ def test_poor_targets_end_in_one_line_and_leave_the_adapter_as_it_was(cli, finis
     assert line.count("cats") == 1
     assert "the gradient from them has a cosine of " in line
     assert "expected at least 0.9" in line
-    assert "cats: poor targets; " in ended.out
+    assert "cats: poor targets of " in ended.out
     assert {path: path.read_bytes() for path in Path("adapters_kd/cats").rglob("*") if path.is_file()} == before
+
+
+def test_poor_targets_of_a_budget_are_answered_with_a_larger_one(cli, project: Path) -> None:
+    ended = cli("distill", "-d", "cats", *give_replies(), "--cache-bytes", "40")
+    line = only_line(ended.err)
+    assert "expected at least 0.9" in line
+    assert "--cache-bytes" in line
+    assert "targets.threshold" not in line
 
 
 def test_poor_targets_are_trained_on_and_told_where_a_warning_is_asked_for(cli, project: Path) -> None:
     ended = cli("distill", "-d", "cats", *give_replies(), "--set", "fidelity.when_poor=warn")
     assert (ended.code, ended.err) == (0, "")
     lines = ended.out.splitlines()
-    told = next(index for index, line in enumerate(lines) if line.startswith("cats: poor targets; "))
+    told = next(index for index, line in enumerate(lines) if line.startswith("cats: poor targets of "))
     assert lines[told - 1].startswith("cats: targets at T = 4: gradient ")
     assert "prompts/cats/valid.jsonl:" in lines[told]
     assert "cats: finished " in ended.out

@@ -168,8 +168,7 @@ def on_stdout(monkeypatch: pytest.MonkeyPatch, *shown_events: events.Event, term
         (finished(failures={"cats": InputError("x")}), f"0 done, 1 failed. Summary: {SUMMARY}"),
         (
             events.BudgetChosen(CHOICE),
-            "cache budget: targets.threshold 0.25, about 28 bytes/token and 84.4 kB, by 676 tokens of the teacher; "
-            "the certificate of each domain says what it costs",
+            "cache budget: targets.threshold 0.25, about 28 bytes/token, 84.4 kB in all",
         ),
         (
             events.DomainCaptured("cats", 72, 1538, 32_123, 20.9, Path("cache/0123")),
@@ -178,30 +177,30 @@ def on_stdout(monkeypatch: pytest.MonkeyPatch, *shown_events: events.Event, term
         (events.CaptureFinished(("cats",), {"dogs": InputError("x")}, 6.4), "1 captured, 1 failed, 6 s"),
         (
             events.Certified("cats", FIDELITY, poor=False),
-            "cats: targets at T = 2: gradient 2.1° off (cosine 0.9993), tail mass 9.1%, KL floor 0.01, "
-            "21 bytes/token, 32.1 kB",
+            "cats: targets at T = 2: gradient 2.1° off (cosine 0.9993), tail 9.1%, KD floor 0.01\n"
+            "cats: targets of 21 bytes/token, 32.1 kB; most sampled at prompts/cats/valid.jsonl:3 token 7 (95%)",
         ),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
 )
-def test_each_event_is_one_line(event: events.Event, line: str) -> None:
+def test_each_event_is_a_line_or_two(event: events.Event, line: str) -> None:
     assert shown(event) == f"{line}\n"
 
 
 def test_poor_targets_are_told_with_the_places_that_are_worst() -> None:
     first, second = shown(events.Certified("cats", replace(FIDELITY, cosine=0.5), poor=True)).splitlines()
     assert first.startswith("cats: targets at T = 2: gradient 60.0° off (cosine 0.5000), ")
-    assert second == (
-        "cats: poor targets; most of the distribution is sampled at prompts/cats/valid.jsonl:3 token 7 (95%), "
-        "prompts/cats/valid.jsonl:1 token 0 (50%)"
-    )
+    assert second.startswith("cats: poor targets of 21 bytes/token, 32.1 kB; most sampled at ")
+    assert second.endswith("prompts/cats/valid.jsonl:3 token 7 (95%)")
 
 
 def test_exact_targets_are_told_without_noise() -> None:
-    exact = replace(FIDELITY, cosine=1.0, tail_mass=0.0, kl_floor=0.0, bytes_per_token=7168.0, cache_bytes=3 * 10**9)
+    exact = replace(
+        FIDELITY, worst=(), cosine=1.0, tail_mass=0.0, kl_floor=0.0, bytes_per_token=7168.0, cache_bytes=3 * 10**9
+    )
     assert shown(events.Certified("cats", exact, poor=False)) == (
-        "cats: targets at T = 2: gradient 0.0° off (cosine 1.0000), tail mass 0.0%, KL floor 0, "
-        "7,168 bytes/token, 3.0 GB\n"
+        "cats: targets at T = 2: gradient 0.0° off (cosine 1.0000), tail 0.0%, KD floor 0\n"
+        "cats: targets of 7,168 bytes/token, 3.0 GB\n"
     )
 
 

@@ -142,15 +142,16 @@ def _all_replies(
     for step, drafts in generate_replies(teacher, [item.rendered.prompt for item in to_write], options, seeds):
         yield len(step.tokens)
         if recorder:
-            recorder.add(step.index, step.tokens, step.logits)
+            recorder.add(step.index, step.tokens, step.logits, [drafts[index].finished for index in step.index])
+            yield from recorder.take_finished()
+            continue
         for index in step.index:
             draft, item = drafts[index], to_write[index]
-            if not draft.finished:
-                continue
-            if recorder:
-                yield item.key, recorder.finish(index, draft.finished)
-            else:
+            if draft.finished:
                 yield item.key, scorer.score(item, draft.tokens, draft.finished)
+    if recorder:
+        recorder.encode_rest()
+        yield from recorder.take_finished()
 
 
 class _Recorder:
@@ -170,25 +171,33 @@ class _Recorder:
         self._tokens: dict[int, list[int]] = {}
         self._uniforms: dict[int, np.ndarray] = {}
         self._waiting: list[tuple[int, int, float, mx.array]] = []
+        self._ended: dict[int, str] = {}
 
-    def add(self, index: Sequence[int], tokens: Sequence[int], logits: Sequence[mx.array]) -> None:
-        for reply, token, row in zip(index, tokens, logits, strict=True):
+    def add(self, index: Sequence[int], tokens: Sequence[int], logits: Sequence[mx.array], ends: Sequence[str]) -> None:
+        """Take a decoding step; `ends` says how each reply has finished, if it has."""
+        for reply, token, row, ended in zip(index, tokens, logits, ends, strict=True):
             written = self._tokens.setdefault(reply, [])
             self._waiting.append((reply, token, self._uniform(reply, len(written)), row))
             written.append(token)
+            if ended:
+                self._ended[reply] = ended
         if len(self._waiting) >= min(self._ROWS, self._FLOATS // logits[0].size):
-            self._encode()
+            self.encode_rest()
 
-    def finish(self, reply: int, finished: str) -> CachedReply:
-        """The whole of a reply, which is then forgotten."""
-        if any(waiting[0] == reply for waiting in self._waiting):
-            self._encode()
-        self._uniforms.pop(reply)
-        targets = join(self._pieces.pop(reply))
-        tokens = np.array(self._tokens.pop(reply), dtype=np.int32)
-        return _select(CachedReply(tokens, finished, targets, _all_of(tokens)), _entropies(targets), self._settings)
+    def take_finished(self) -> Iterator[tuple[str, CachedReply]]:
+        """Keys and replies that are finished and encoded; they are then forgotten."""
+        waiting = {reply for reply, *_ in self._waiting}
+        for reply in [reply for reply in self._ended if reply not in waiting]:
+            targets = join(self._pieces.pop(reply))
+            tokens = np.array(self._tokens.pop(reply), dtype=np.int32)
+            del self._uniforms[reply]
+            found = CachedReply(tokens, self._ended.pop(reply), targets, _all_of(tokens))
+            yield self._keys[reply], _select_sparse(found, self._settings)
 
-    def _encode(self) -> None:
+    def encode_rest(self) -> None:
+        """Encode the logits that are still waiting."""
+        if not self._waiting:
+            return
         replies, tokens, uniforms, logits = zip(*self._waiting, strict=True)
         self._waiting = []
         targets = encode(mx.stack(logits), mx.array(tokens), np.array(uniforms, dtype=np.float32), self._settings)
@@ -239,7 +248,7 @@ class _Scorer:
             rows = slice(number * self._CHUNK, number * self._CHUNK + len(chunk))
             parts.append(encode(self._split.head(chunk), mx.array(tokens[rows]), uniforms[rows], self._settings))
         targets = join(parts)
-        return _select(CachedReply(tokens, finished, targets, _all_of(tokens)), _entropies(targets), self._settings)
+        return _select_sparse(CachedReply(tokens, finished, targets, _all_of(tokens)), self._settings)
 
 
 def _all_of(tokens: np.ndarray) -> np.ndarray:
@@ -248,11 +257,13 @@ def _all_of(tokens: np.ndarray) -> np.ndarray:
 
 def _select(reply: CachedReply, entropies: np.ndarray, settings: TargetSettings) -> CachedReply:
     """The reply with the targets of its most uncertain tokens only: a share of them, one at least."""
-    if settings.share == 1.0:
-        return reply
     count = max(1, round(settings.share * len(reply.tokens)))
     kept = np.sort(np.argsort(-entropies, kind="stable")[:count]).astype(np.int32)
     return CachedReply(reply.tokens, reply.finished, reply.targets.take(kept), kept)
+
+
+def _select_sparse(reply: CachedReply, settings: TargetSettings) -> CachedReply:
+    return reply if settings.share == 1.0 else _select(reply, _entropies(reply.targets), settings)
 
 
 def _entropies(targets: SparseTargets) -> np.ndarray:

@@ -81,8 +81,7 @@ class LineView:
                 self.say(f"{len(domains)} captured, {len(failures)} failed, {seconds:.0f} s")
             case events.Certified(domain, fidelity, poor):
                 self.say(f"{domain}: {_certificate(fidelity)}")
-                if poor:
-                    self.say(f"{domain}: {_worst(fidelity)}")
+                self.say(f"{domain}: {_certified_size(fidelity, poor)}")
             case events.Stepped(domain, step):
                 self.stepped(domain, step)
             case events.Validated(domain, validation):
@@ -240,22 +239,27 @@ def results_table(results: Sequence[KDResult], arrow: str = "→") -> Table:
 def _budget(choice: BudgetChoice) -> str:
     return (
         f"cache budget: targets.threshold {choice.settings.threshold:.3g}, about {choice.bytes_per_token:,.0f} "
-        f"bytes/token and {_size(round(1e9 * choice.gigabytes))}, by {choice.tokens:,} tokens of the teacher; "
-        "the certificate of each domain says what it costs"
+        f"bytes/token, {_size(round(1e9 * choice.gigabytes))} in all"
     )
 
 
 def _certificate(fidelity: Fidelity) -> str:
     return (
         f"targets at T = {fidelity.temperature:g}: gradient {fidelity.angle:.1f}° off (cosine {fidelity.cosine:.4f}), "
-        f"tail mass {fidelity.tail_mass:.1%}, KL floor {fidelity.kl_floor:.1g}, "
-        f"{fidelity.bytes_per_token:,.0f} bytes/token, {_size(fidelity.cache_bytes)}"
+        f"tail {fidelity.tail_mass:.1%}, KD floor {fidelity.kl_floor:.1g}"
     )
 
 
-def _worst(fidelity: Fidelity) -> str:
-    places = ", ".join(f"{place.where} token {place.token} ({place.tail_mass:.0%})" for place in fidelity.worst)
-    return f"poor targets; most of the distribution is sampled at {places}"
+def _certified_size(fidelity: Fidelity, poor: bool) -> str:
+    worst = "".join(
+        f"; most sampled at {place.where} token {place.token} ({place.tail_mass:.0%})"
+        for place in fidelity.worst[:1]
+        if place.tail_mass > 0
+    )
+    return (
+        f"{'poor ' if poor else ''}targets of {fidelity.bytes_per_token:,.0f} bytes/token, "
+        f"{_size(fidelity.cache_bytes)}{worst}"
+    )
 
 
 def _size(count: int) -> str:

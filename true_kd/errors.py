@@ -66,11 +66,12 @@ class CacheError(TrueKDError):
 class PoorTargetsError(InputError):
     """The cached targets say too little about the teacher to train on."""
 
-    def __init__(self, cosine: float, least: float, temperature: float) -> None:
+    def __init__(self, cosine: float, least: float, temperature: float, has_budget: bool) -> None:
+        finer = "a larger budget" if has_budget else "a smaller targets.threshold"
         super().__init__(
             f"cached targets: the gradient from them has a cosine of {cosine:.3f} to that from full logits at "
-            f"temperature {temperature:g}, expected at least {least:g}. Keep more (targets.preset hot, or a smaller "
-            "targets.threshold), lower --temperature, or set fidelity.when_poor=warn."
+            f"temperature {temperature:g}, expected at least {least:g}. Keep more (targets.preset hot, or "
+            f"{finer}), lower --temperature, or set fidelity.when_poor=warn."
         )
 
 

@@ -140,7 +140,7 @@ def _drawn_share(examples: Sequence[Example], temperature: float, tails: Sequenc
     """Share of the distribution that the entries stand for, 1 unless most of the tail was never drawn.
 
     A sharp teacher's tail at temperature 1 may be too small for a single draw, and most of its distribution at 4: noise
-    that no drawn entry shows. Its mass is known all the same.
+    that no drawn entry shows. Its mass is known all the same, and is taken for lost: a cautious reading.
     """
     drawn, tail, total = 0.0, 0.0, 0
     for example, masses in zip(examples, tails, strict=True):

@@ -57,7 +57,9 @@ def distill_student(job: Job) -> Generator[events.Event, None, KDResult]:
     poor = config.losses.alpha > 0 and fidelity.is_poor(config.fidelity)
     yield events.Certified(job.domain, fidelity, poor)
     if poor and fidelity.refuses(config.fidelity):
-        raise PoorTargetsError(fidelity.cosine, config.fidelity.least_cosine, config.losses.temperature)
+        raise PoorTargetsError(
+            fidelity.cosine, config.fidelity.least_cosine, config.losses.temperature, config.targets.has_budget
+        )
     _begin_folder(job)
     run = yield from _train(job, student, data, clock)
 

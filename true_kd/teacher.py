@@ -78,17 +78,19 @@ def choose_targets(
     chosen = {job.domain: job.config.targets.settings for job in group}
     shares = _share_budgets(everyone, teacher)
     wanted = {_way(job) for job in group}
-    totals: dict[TargetOptions, float] = {}
+    totals: dict[float | None, float] = {}
     demands: dict[_Way, Demand] = {}
     for way, jobs in shares.items():
-        options = way[0]
-        if options not in {mine[0] for mine in wanted}:
+        total = way[0].gigabytes
+        if total not in {mine[0].gigabytes for mine in wanted}:
             continue
         demands[way] = yield from _measured(way, jobs, teacher)
-        totals[options] = totals.get(options, 0.0) + len(jobs.keys) * demands[way].reply_tokens
+        totals[total] = totals.get(total, 0.0) + len(jobs.keys) * demands[way].reply_tokens
     for way in [way for way in shares if way in wanted]:
         (options, capturing), demand = way, demands[way]
-        choice = choose_settings(options, capturing, teacher.text.size, len(shares[way].keys), demand, totals[options])
+        choice = choose_settings(
+            options, capturing, teacher.text.size, len(shares[way].keys), demand, totals[options.gigabytes]
+        )
         yield events.BudgetChosen(choice)
         if teacher.has_weights:
             # It travels with the replies, so that the budget chooses the same where the teacher is not.

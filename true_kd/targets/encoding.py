@@ -69,10 +69,7 @@ def encode(
 
     exact_at, exact_place = np.nonzero(exact)
     tail = np.where(exact, 0.0, np.exp((found - sums.top[of, None]) / settings.draw_temperature))
-    steps = np.cumsum(tail, axis=1)[drawn_at]
-    # The device's sums may differ from these in the last place: a draw never goes beyond its block's last tail id.
-    rests = np.minimum(rests, steps[:, -1])
-    drawn_place = np.argmax(steps >= rests[:, None], axis=1)
+    drawn_place = _find_places(np.cumsum(tail, axis=1), drawn_at, rests)
 
     at = np.concatenate([exact_at, drawn_at])
     place = np.concatenate([exact_place, drawn_place])
@@ -91,6 +88,20 @@ def encode(
         threshold=settings.threshold,
         vocab_size=logits.shape[1],
     )
+
+
+def _find_places(ends: np.ndarray, drawn_at: np.ndarray, rests: np.ndarray) -> np.ndarray:
+    """The place in its block of each draw: the first whose cumulative tail reaches `rests`; `ends` is [blocks, ids].
+
+    The device's sums may differ from these in the last place: a draw never goes beyond its block's last tail id.
+    """
+    last = ends[:, -1]
+    share = np.minimum(rests / np.maximum(last[drawn_at], 1e-300), 1.0)
+    # All blocks are searched at once: block b of the cumulative sums, scaled to 1, lies from b to b + 1.
+    blocks = np.arange(len(ends))
+    scaled = np.where(last > 0, 1.0, 0.0)[:, None] * ends / np.maximum(last, 1e-300)[:, None] + blocks[:, None]
+    places = np.searchsorted(scaled.ravel(), share + drawn_at) - drawn_at * ends.shape[1]
+    return np.clip(places, np.argmax(ends > 0, axis=1)[drawn_at], np.argmax(ends >= last[:, None], axis=1)[drawn_at])
 
 
 def _codes(kept: np.ndarray, exact: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -42,7 +42,8 @@ class TargetOptions(Options):
     bytes_per_token: float | None = Field(default=None, ge=4.0)
     """Budget on disk: picks the threshold, on a sample of the teacher's own replies. null for no budget."""
     gigabytes: float | None = Field(default=None, gt=0.0)
-    """The same as a total over the run's domains, in 10^9 bytes."""
+    """Budget in 10^9 bytes over all domains of a run with one teacher. Runs of other domains come to other thresholds:
+    give bytes_per_token where they shall share what was captured."""
 
     @property
     def has_budget(self) -> bool:
