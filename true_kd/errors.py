@@ -67,7 +67,7 @@ class PoorTargetsError(InputError):
     """The cached targets say too little about the teacher to train on."""
 
     def __init__(self, cosine: float, least: float, temperature: float, has_budget: bool) -> None:
-        finer = "a larger budget" if has_budget else "a smaller targets.threshold"
+        finer = "a larger --cache-bytes or --cache-gb" if has_budget else "a smaller targets.threshold"
         super().__init__(
             f"cached targets: the gradient from them has a cosine of {cosine:.3f} to that from full logits at "
             f"temperature {temperature:g}, expected at least {least:g}. Keep more (targets.preset hot, or "
