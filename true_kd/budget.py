@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from true_kd.capture import CaptureOptions, TeacherPrompt, sampling_facts
+from true_kd.capture import CaptureOptions, TeacherPrompt, response_states, sampling_facts
 from true_kd.errors import InputError
 from true_kd.files import digest_json, write_json
 from true_kd.models import LanguageModel, ModelTokenizer, Reply, generate_replies, seed_of, split_head
@@ -145,9 +145,7 @@ def measure(
     split = split_head(teacher.module)
     for prompt in given:
         response = (prompt.rendered.response or [])[: max(_TOKENS // len(given), 32)]
-        first = len(prompt.rendered.prompt) - 1
-        states = split.body(mx.array([[*prompt.rendered.prompt, *response]]))[0, first : first + len(response)]
-        counts.append(_count(split.head(states), mx.array(response), base))
+        counts.append(_count(split.head(response_states(split, prompt, response)), mx.array(response), base))
     if asked:
         seeds = [seed_of(f"{options.seed} {prompt.key}") for prompt in asked]
         replies: Sequence[Reply] = ()

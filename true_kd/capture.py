@@ -228,9 +228,7 @@ class _Scorer:
             )
 
     def score(self, item: TeacherPrompt, response: Sequence[int], finished: str) -> CachedReply:
-        sequence = mx.array([[*item.rendered.prompt, *response]])
-        first = len(item.rendered.prompt) - 1
-        states = self._split.body(sequence)[0, first : first + len(response)]
+        states = response_states(self._split, item, response)
         tokens = np.array(response, dtype=np.int32)
         chunks = [states[at : at + self._CHUNK] for at in range(0, len(response), self._CHUNK)]
         if self._settings.kind == "hidden":
@@ -249,6 +247,13 @@ class _Scorer:
             parts.append(encode(self._split.head(chunk), mx.array(tokens[rows]), uniforms[rows], self._settings))
         targets = join(parts)
         return _select_sparse(CachedReply(tokens, finished, targets, _all_of(tokens)), self._settings)
+
+
+def response_states(split: Split, item: TeacherPrompt, response: Sequence[int]) -> mx.array:
+    """What enters the teacher's head where it predicts each token of a response to a prompt; [tokens, width]."""
+    first = len(item.rendered.prompt) - 1
+    sequence = mx.array([[*item.rendered.prompt, *response]])
+    return split.states_at(sequence, mx.arange(first, first + len(response)))
 
 
 def _all_of(tokens: np.ndarray) -> np.ndarray:

@@ -54,8 +54,7 @@ def evaluate(student: nn.Module, examples: Sequence[Example], losses: LossOption
     for start in range(0, len(order), batch_size):
         group = [examples[index] for index in order[start : start + batch_size]]
         soft, plain = collate(group, losses.temperature), collate(group, 1.0)
-        states = split.body(soft.tokens)
-        states = states.reshape(-1, states.shape[-1])[soft.rows]
+        states = split.states_at(soft.tokens, soft.rows)
         for at in range(0, len(states), losses.chunk):
             rows = slice(at, min(at + losses.chunk, len(states)))
             logits = split.head(states[rows])

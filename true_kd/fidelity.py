@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten
 from true_kd.batching import Batch, collate
 from true_kd.examples import Example
 from true_kd.losses import LossOptions, target_kd
-from true_kd.models import split_head
+from true_kd.models import Split, split_head
 from true_kd.options import Fraction, Options, PositiveInt
 from true_kd.targets import SparseTargets
 from true_kd.training import sum_gradients
@@ -110,9 +110,10 @@ def certify(
         groups = [chosen[at : at + batch_size] for at in range(0, len(chosen), batch_size)]
         whole = [collate(group, losses.temperature) for group in groups]
         flipped = [collate(group, losses.temperature, lambda *given: _flip(*given, rng)) for group in groups]
-        signal = _square_norm(student, whole, distilling, tokens)
-        noise = _square_norm(student, flipped, distilling, tokens)
-        squares = sum(_square_sum(student, batch, losses.temperature) for batch in flipped)
+        split = split_head(student)
+        signal = _square_norm(student, split, whole, distilling, tokens)
+        noise = _square_norm(student, split, flipped, distilling, tokens)
+        squares = sum(_square_sum(split, batch, losses) for batch in flipped)
     seen = _drawn_share(chosen, losses.temperature, tails)
     places = [
         Position(example.where, int(example.kept[at]), float(mass))
@@ -166,23 +167,18 @@ def _flip(targets: SparseTargets, temperature: float, rng: np.random.Generator) 
     return (signs * weights * np.sqrt(1.0 - targets.drawn_chance)).astype(np.float32), logprobs
 
 
-def _square_norm(student: nn.Module, batches: Sequence[Batch], losses: LossOptions, tokens: int) -> float:
+def _square_norm(student: nn.Module, split: Split, batches: Sequence[Batch], losses: LossOptions, tokens: int) -> float:
     """Squared norm of the mean KD gradient over the batches with respect to the adapter."""
-    _, gradient = sum_gradients(student, split_head(student), batches, losses, tokens)
+    _, gradient = sum_gradients(student, split, batches, losses, tokens)
     return sum(float(mx.sum(mx.square(leaf.astype(mx.float32)))) for _, leaf in tree_flatten(gradient))
 
 
-def _square_sum(student: nn.Module, batch: Batch, temperature: float) -> float:
+def _square_sum(split: Split, batch: Batch, losses: LossOptions) -> float:
     """Sum over tokens of their squared contribution to T^2 KL."""
-    split = split_head(student)
-    states = split.body(batch.tokens)
-    states = states.reshape(-1, states.shape[-1])[batch.rows]
+    states = split.states_at(batch.tokens, batch.rows)
     total = 0.0
-    for at in range(0, len(states), _CHUNK):
-        rows = slice(at, min(at + _CHUNK, len(states)))
-        terms = target_kd(split.head(states[rows]), batch.targets.rows(rows.start, rows.stop), temperature)
+    for at in range(0, len(states), losses.chunk):
+        rows = slice(at, min(at + losses.chunk, len(states)))
+        terms = target_kd(split.head(states[rows]), batch.targets.rows(rows.start, rows.stop), losses.temperature)
         total += float(mx.sum(mx.square(terms)))
     return total
-
-
-_CHUNK = 256

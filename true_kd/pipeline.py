@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 import traceback
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -78,18 +78,11 @@ def capture(jobs: Sequence[Job], failures: Mapping[str, TrueKDError] | None = No
     started = time.perf_counter()
     ledger = _Ledger()
     done: list[str] = []
-    jobs, refused = _find_teachers(jobs, failures or {})
+    jobs, refused = _sift(jobs, failures or {}, _find_teacher)
     tokenizer = cache(open_tokenizer)
-    for job in jobs:
-        try:
-            tokenizer(job.teacher.options, "teacher")
-        except TrueKDError as error:
-            refused[job.domain] = error
-    if refused.keys() >= {job.domain for job in jobs}:
-        refuse(refused)
+    jobs, refused = _sift(jobs, refused, lambda job: tokenizer(job.teacher.options, "teacher"))
     for domain, error in refused.items():
         yield ledger.failed(domain, error)
-    jobs = [job for job in jobs if job.domain not in refused]
     for group in _group_by_teacher(jobs):
         for job in group:
             make_folder(job.config.cache_folder)
@@ -127,20 +120,30 @@ class _Ledger:
         return events.DomainFailed(domain, error, trace)
 
 
-def _find_teachers(
-    jobs: Sequence[Job], failures: Mapping[str, TrueKDError]
+def _sift(
+    jobs: Sequence[Job], failures: Mapping[str, TrueKDError], prepare: Callable[[Job], object]
 ) -> tuple[list[Job], dict[str, TrueKDError]]:
-    """The jobs that have a teacher, and the errors of the others."""
-    found, refused = [], dict(failures)
+    """The jobs that `prepare` lets pass, and `failures` with the errors of the others.
+
+    Raises
+    ------
+    TrueKDError
+        when none passes.
+    """
+    ready, refused = [], dict(failures)
     for job in jobs:
         try:
-            job.teacher = find_teacher(job.config)
-            found.append(job)
+            prepare(job)
+            ready.append(job)
         except TrueKDError as error:
             refused[job.domain] = error
-    if not found:
+    if not ready:
         refuse(refused)
-    return found, refused
+    return ready, refused
+
+
+def _find_teacher(job: Job) -> None:
+    job.teacher = find_teacher(job.config)
 
 
 def _identify(jobs: Sequence[Job], failures: Mapping[str, TrueKDError]) -> tuple[list[Job], dict[str, TrueKDError]]:
@@ -148,8 +151,7 @@ def _identify(jobs: Sequence[Job], failures: Mapping[str, TrueKDError]) -> tuple
 
     Nothing is written and no weights are opened: what cannot work is found before hours are spent on it.
     """
-    jobs, refused = _find_teachers(jobs, failures)
-    identified: list[Job] = []
+    jobs, refused = _sift(jobs, failures, _find_teacher)
     # Domains mostly share their models: each tokenizer is opened once, and each pair of vocabularies compared once.
     tokenizer = cache(open_tokenizer)
 
@@ -158,19 +160,14 @@ def _identify(jobs: Sequence[Job], failures: Mapping[str, TrueKDError]) -> tuple
         ours, theirs = tokenizer(teacher, "teacher"), tokenizer(student, "student")
         return map_vocabulary(ours.ids, theirs.ids, ours.size, theirs.size, strategy)
 
-    for job in jobs:
-        try:
-            teacher, student = job.teacher.options, job.config.student
-            job.run_digest = job.digest(tokenizer(teacher, "teacher").digest, tokenizer(student, "student").digest)
-            job.vocabulary = vocabulary(teacher, student, job.config.vocab_strategy)
-            if job.config.lora.keys is not None:
-                check_keys(open_skeleton(job.config.student, "student"), job.config.lora)
-            identified.append(job)
-        except TrueKDError as error:
-            refused[job.domain] = error
-    if not identified:
-        refuse(refused)
-    return identified, refused
+    def identify(job: Job) -> None:
+        teacher, student = job.teacher.options, job.config.student
+        job.run_digest = job.digest(tokenizer(teacher, "teacher").digest, tokenizer(student, "student").digest)
+        job.vocabulary = vocabulary(teacher, student, job.config.vocab_strategy)
+        if job.config.lora.keys is not None:
+            check_keys(open_skeleton(job.config.student, "student"), job.config.lora)
+
+    return _sift(jobs, refused, identify)
 
 
 @contextlib.contextmanager

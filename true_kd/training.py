@@ -160,8 +160,7 @@ def sum_gradients(
 
 def _objective(split: Split, losses: LossOptions, trains_head: bool):
     def objective(batch: Batch, tokens: int):
-        states = split.body(batch.tokens)
-        states = states.reshape(-1, states.shape[-1])[batch.rows]
+        states = split.states_at(batch.tokens, batch.rows)
         if trains_head or not split.fast:
             sums = dense_losses(split.head(states), batch.labels, batch.targets, losses)
             return sums.total / tokens, (sums.total, sums.kd, sums.ce)

@@ -22,6 +22,11 @@ class Split:
     fast: bool
     """False where the model could not be taken apart: then `body` gives the logits and `head` passes them on."""
 
+    def states_at(self, tokens: mx.array, rows: mx.array) -> mx.array:
+        """What enters the head at some positions of the flattened `tokens` [batch, sequence]; [rows, width]."""
+        states = self.body(tokens)
+        return states.reshape(-1, states.shape[-1])[rows]
+
 
 def split_head(module: nn.Module) -> Split:
     """Take a model apart at its output head, proved on a few tokens to give the model's own logits.
