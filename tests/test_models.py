@@ -1,9 +1,8 @@
-"""The seam to mlx-lm: heads come off as they were, adapters leave the rest alone, and no model folder runs code."""
+"""The seam to mlx-lm: adapters leave the rest of a model alone, and no model folder runs code."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import shutil
 import subprocess
@@ -16,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 from safetensors.numpy import save_file
 
 from true_kd.backend import device_name
@@ -27,68 +26,15 @@ from true_kd.models import (
     ModelOptions,
     add_lora,
     describe,
-    load_head,
     open_model,
     open_tokenizer,
     parameter_count,
-    save_head,
     save_stand_in,
-    split_head,
     trainable,
 )
 from true_kd.suggest import quote
 
-SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "intermediate_size": 64,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "rms_norm_eps": 1e-6,
-    "vocab_size": 100,
-    "max_position_embeddings": 128,
-    "rope_theta": 10000.0,
-}
-TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
-ONE_LINEAR_MAP = {
-    "qwen2 tied": ("qwen2", TIED),
-    "qwen2 untied": ("qwen2", UNTIED),
-    "qwen3 tied": ("qwen3", TIED),
-    "qwen3 untied": ("qwen3", UNTIED),
-    "llama tied": ("llama", TIED),
-    "llama untied": ("llama", UNTIED),
-    "phi3": ("phi3", UNTIED),
-    "gemma": ("gemma", {}),
-    "mixtral": ("mixtral", {"num_local_experts": 2, "num_experts_per_tok": 1}),
-}
-MORE_THAN_ONE = {
-    "gemma2, soft-capped": ("gemma2", {"query_pre_attn_scalar": 16}),
-    "granite, scaled": (
-        "granite",
-        {
-            **TIED,
-            "logits_scaling": 4.0,
-            "attention_multiplier": 0.25,
-            "embedding_multiplier": 2.0,
-            "residual_multiplier": 0.5,
-            "attention_bias": False,
-            "mlp_bias": False,
-        },
-    ),
-    "cohere, scaled": ("cohere", {"logit_scale": 0.1, "layer_norm_eps": 1e-5}),
-}
 SOME_TOKENS = mx.array([[5, 17, 99, 0, 42, 63], [1, 1, 2, 3, 5, 8]])
-
-
-def random_module(kind: str, changes: dict, stretch: float = 3.0) -> nn.Module:
-    """A random model of a family of mlx-lm, its weights stretched so that its logits are not all alike."""
-    architecture = importlib.import_module(f"mlx_lm.models.{kind}")
-    mx.random.seed(4)
-    module = architecture.Model(architecture.ModelArgs.from_dict({"model_type": kind, **SIZES, **changes}))
-    module.update(tree_map(lambda value: stretch * value if value.ndim == 2 else value, module.parameters()))
-    module.eval()
-    return module
 
 
 def copy_model(folder: Path, to: Path, **config: object) -> Path:
@@ -100,158 +46,6 @@ def copy_model(folder: Path, to: Path, **config: object) -> Path:
 
 def logits_of(module: nn.Module, tokens: mx.array = SOME_TOKENS) -> mx.array:
     return module(tokens).astype(mx.float32)
-
-
-# Heads
-
-
-@pytest.mark.parametrize(("kind", "changes"), ONE_LINEAR_MAP.values(), ids=ONE_LINEAR_MAP.keys())
-def test_a_linear_head_comes_off(kind: str, changes: dict) -> None:
-    module = random_module(kind, changes)
-    split = split_head(module)
-    assert split.fast
-    assert split.body(SOME_TOKENS).shape == (2, 6, SIZES["hidden_size"])
-    assert mx.allclose(split.head(split.body(SOME_TOKENS)), logits_of(module), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(("kind", "changes"), MORE_THAN_ONE.values(), ids=MORE_THAN_ONE.keys())
-def test_a_head_that_is_more_than_a_linear_map_stays_on(kind: str, changes: dict) -> None:
-    module = random_module(kind, changes, stretch=20.0)
-    split = split_head(module)
-    assert not split.fast
-    assert mx.array_equal(split.head(split.body(SOME_TOKENS)), logits_of(module))
-
-
-@pytest.mark.parametrize("stretch", [1.0, 3.0, 10.0, 20.0])
-def test_a_split_gives_the_models_logits_at_any_tokens(stretch: float) -> None:
-    """The proof is made on four tokens; what it lets through must hold on all others."""
-    module = random_module("gemma2", {"query_pre_attn_scalar": 16}, stretch)
-    everything = mx.arange(SIZES["vocab_size"])[:, None]
-    split = split_head(module)
-    assert mx.allclose(split.head(split.body(everything)), logits_of(module, everything), rtol=2e-3, atol=2e-3)
-
-
-def test_a_model_without_a_body_stays_whole() -> None:
-    module = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10))
-    split = split_head(module)
-    assert not split.fast
-    assert mx.array_equal(split.head(split.body(mx.array([[1, 2]]))), module(mx.array([[1, 2]])))
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_splitting_leaves_the_mode_as_it_was(student: LanguageModel, training: bool) -> None:
-    student.module.train(training)
-    split_head(student.module)
-    assert student.module.training is training
-
-
-@pytest.mark.parametrize("keys", [None, ("model.embed_tokens",)])
-def test_a_head_comes_off_an_adapted_model(student: LanguageModel, keys: tuple[str, ...] | None) -> None:
-    add_lora(student.module, LoraOptions(rank=2, keys=keys))
-    student.module.update(tree_map(lambda value: value + 0.1, student.module.trainable_parameters()))
-    student.module.eval()
-    split = split_head(student.module)
-    assert split.fast
-    assert mx.allclose(split.head(split.body(SOME_TOKENS)), logits_of(student.module), rtol=1e-4, atol=1e-4)
-
-
-# Heads on disk
-
-QUANTISED = {
-    "as it is": None,
-    "4 bits": {"bits": 4, "group_size": 32},
-    "8 bits": {"bits": 8, "group_size": 32},
-    "2 bits": {"bits": 2, "group_size": 32},
-    "mxfp4": {"mode": "mxfp4"},
-    "mxfp8": {"mode": "mxfp8"},
-    "nvfp4": {"mode": "nvfp4"},
-}
-
-
-def head_and_copy(module: nn.Module, folder: Path) -> tuple[mx.array, Callable[[mx.array], mx.array], mx.array]:
-    """Hidden states of a model, its head as it was saved and read again, and the model's own logits."""
-    split = split_head(module)
-    assert split.fast
-    save_head(module, folder / "head.safetensors")
-    return split.body(SOME_TOKENS), load_head(folder / "head.safetensors"), logits_of(module)
-
-
-@pytest.mark.parametrize("packing", QUANTISED.values(), ids=QUANTISED.keys())
-@pytest.mark.parametrize("layer", ["embedding", "linear", "linear with bias"])
-def test_a_saved_head_gives_the_models_logits(tmp_path: Path, layer: str, packing: dict | None) -> None:
-    module = random_module("qwen2", TIED if layer == "embedding" else UNTIED)
-    if layer == "linear with bias":
-        module.lm_head.bias = mx.random.normal((SIZES["vocab_size"],))
-    if packing is not None:
-        nn.quantize(module, **packing)
-    states, head, expected = head_and_copy(module, tmp_path)
-    assert mx.allclose(head(states), expected, rtol=1e-5, atol=1e-5)
-    # As they are stored: 11 bits a number.
-    assert mx.allclose(head(states.astype(mx.float16)).astype(mx.float32), expected, rtol=3e-3, atol=2e-2)
-
-
-@pytest.mark.parametrize("kind", [kind for kind in ONE_LINEAR_MAP if kind != "mixtral"])
-def test_the_saved_head_of_any_family_gives_its_logits(tmp_path: Path, kind: str) -> None:
-    states, head, expected = head_and_copy(random_module(*ONE_LINEAR_MAP[kind]), tmp_path)
-    assert mx.allclose(head(states), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=["bfloat16", "float16"])
-@pytest.mark.parametrize("packing", [None, {"bits": 4, "group_size": 32}], ids=["as it is", "4 bits"])
-def test_a_saved_head_of_half_precision_stays_so(tmp_path: Path, dtype: mx.Dtype, packing: dict | None) -> None:
-    module = random_module("qwen2", UNTIED)
-    module.set_dtype(dtype)
-    if packing is not None:
-        nn.quantize(module, **packing)
-    states, head, expected = head_and_copy(module, tmp_path)
-    stored = mx.load(str(tmp_path / "head.safetensors"))
-    assert {array.dtype for array in stored.values()} <= {dtype, mx.uint32}
-    assert mx.allclose(head(states.astype(mx.float16)).astype(mx.float32), expected, rtol=2e-2, atol=5e-2)
-
-
-def test_a_saved_head_takes_no_more_than_its_own_arrays(tmp_path: Path, quantised_folder: Path) -> None:
-    packed, unpacked = (open_quantised(quantised_folder, choice).module for choice in ("never", "always"))
-    sizes = []
-    for module in (packed, unpacked):
-        save_head(module, tmp_path / "head.safetensors")
-        sizes.append((tmp_path / "head.safetensors").stat().st_size)
-    whole = 320 * 32 * 4
-    assert whole < sizes[1] < whole + 300
-    assert sizes[0] < whole / 4, "4 bits, and a scale and a bias of 32 values"
-
-
-def test_a_saved_head_is_the_same_to_the_byte_each_time(tmp_path: Path, student: LanguageModel) -> None:
-    for name in ("one.safetensors", "other.safetensors"):
-        save_head(student.module, tmp_path / name)
-    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "other.safetensors").read_bytes()
-
-
-def test_a_saved_head_does_not_need_its_model(tmp_path: Path, student_folder: Path) -> None:
-    module = open_model(ModelOptions(model=str(student_folder)), "teacher").module
-    states, head, expected = head_and_copy(module, tmp_path)
-    mx.eval(states, expected)
-    module.update(tree_map(mx.zeros_like, module.parameters()))
-    del module
-    assert mx.allclose(head(states), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(("tied", "key"), [(TIED, "model.embed_tokens"), (UNTIED, "lm_head")])
-def test_a_head_with_an_adapter_is_saved_right_or_refused(tmp_path: Path, tied: dict, key: str) -> None:
-    module = random_module("qwen2", tied)
-    add_lora(module, LoraOptions(rank=2, keys=(key,)))
-    module.update(tree_map(lambda value: value + 0.1, module.trainable_parameters()))
-    module.eval()
-    try:
-        states, head, expected = head_and_copy(module, tmp_path)
-    except (ValueError, ModelError):
-        return
-    assert mx.allclose(head(states), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_a_model_without_an_output_layer_has_no_head_to_save(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="output head"):
-        save_head(nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10)), tmp_path / "head.safetensors")
-    assert not (tmp_path / "head.safetensors").exists()
 
 
 # Adapters
@@ -482,14 +276,6 @@ def test_quantised_weights_are_unpacked_by_default_on_a_cpu_only(quantised_folde
 def test_quantised_weights_count_unpacked(quantised_folder: Path, student: LanguageModel) -> None:
     counts = {parameter_count(open_quantised(quantised_folder, choice).module) for choice in ("never", "always")}
     assert counts == {parameter_count(student.module)}
-
-
-@pytest.mark.parametrize("choice", ["never", "always"])
-def test_the_head_comes_off_a_quantised_model(quantised_folder: Path, choice: str) -> None:
-    module = open_quantised(quantised_folder, choice).module
-    split = split_head(module)
-    assert split.fast
-    assert mx.allclose(split.head(split.body(SOME_TOKENS)), logits_of(module), rtol=1e-4, atol=1e-4)
 
 
 # Digests

@@ -98,7 +98,8 @@ def capture(
     Raises
     ------
     ModelError
-        when hidden states are wanted of a teacher whose output head is more than one linear map.
+        when hidden states are wanted of a teacher whose output head is more than one linear map, or when the teacher
+        cannot be taken apart.
     """
     missing = {prompt.key: prompt for prompt in prompts if prompt.key not in cache}
     total = len({prompt.key for prompt in prompts})
@@ -221,10 +222,10 @@ class _Scorer:
         self._split: Split = split_head(teacher.module)
         self._settings = settings
         self._head = TeacherHead(self._split.head)
-        if settings.kind == "hidden" and not self._split.fast:
+        if settings.kind == "hidden" and not self._split.plain:
             raise ModelError(
-                f"teacher {quote(teacher.name)}: its output head is more than one linear map, expected one for "
-                "targets.preset exact. Choose another preset."
+                f"teacher {quote(teacher.name)}: its output head is more than the linear map of {self._split.layer} "
+                "(soft-capping or scaling), expected no more for targets.preset exact. Choose another preset."
             )
 
     def score(self, item: TeacherPrompt, response: Sequence[int], finished: str) -> CachedReply:
