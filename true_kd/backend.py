@@ -11,7 +11,7 @@ import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-from true_kd import __version__
+from true_kd import __version__, metal
 from true_kd.errors import EnvironmentProblem
 
 
@@ -34,13 +34,14 @@ class BackendMissing(EnvironmentProblem):
 
 
 def require_mlx() -> None:
-    """Import MLX.
+    """Import MLX, with what macOS has to know before.
 
     Raises
     ------
     BackendMissing
         with the extra to install, when MLX or its backend is not there.
     """
+    metal.relax_watchdog()
     try:
         importlib.import_module("mlx.core")
     except ImportError as error:

@@ -35,6 +35,7 @@ from true_kd.models.opening import (
     release_memory,
     save_stand_in,
 )
+from true_kd.models.recomputation import recompute_layers
 from true_kd.models.stand_in import STAND_IN, StandIn, read_stand_in
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "open_tokenizer",
     "parameter_count",
     "read_stand_in",
+    "recompute_layers",
     "release_memory",
     "save_head",
     "save_stand_in",
