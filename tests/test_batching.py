@@ -14,9 +14,19 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from pydantic import ValidationError
 
-from true_kd.batching import Batch, BatchOptions, batch_indices, collate, epoch_batches
+from true_kd.batching import Batch, BatchOptions, BatchOrder, collate, epoch_batches
 from true_kd.examples import Example, make_example
-from true_kd.losses import HeadTargets, LossOptions, compute_kd_loss, dense_losses, head_losses, target_kd
+from true_kd.losses import (
+    BatchTargets,
+    HeadTargets,
+    LossOptions,
+    Objective,
+    TokenTargets,
+    compute_kd_loss,
+    head_losses,
+    token_losses,
+)
+from true_kd.losses.divergences import ForwardKL, ReverseKL
 from true_kd.targets import HiddenTargets, SparseTargets, TargetSettings, TeacherHead, encode
 
 VOCAB = 30
@@ -61,6 +71,15 @@ def with_hidden_states(examples: list[Example], head: TeacherHead) -> list[Examp
     rng = np.random.default_rng(0)
     states = [rng.normal(size=(len(example.kept), TEACHER_WIDTH)).astype(np.float16) for example in examples]
     return [replace(example, targets=HiddenTargets(each, head)) for example, each in zip(examples, states, strict=True)]
+
+
+FINAL = LossOptions().final
+
+
+def kd_of(logits: mx.array, targets: BatchTargets, temperature: float) -> mx.array:
+    """T^2 * KL of each token."""
+    objective = Objective(ForwardKL(), temperature, 1.0, None)
+    return token_losses(logits, mx.zeros(len(logits), dtype=mx.int32), targets, objective)[0]
 
 
 def kinds_of(examples: list[Example], width: int) -> np.ndarray:
@@ -155,8 +174,8 @@ def test_a_part_of_a_response_has_the_losses_that_the_whole_has_there() -> None:
     whole = draw_example(5, 3, 10)
     kept = np.array([1, 4, 5, 9], dtype=np.int32)
     part = make_example(whole.prompt.tolist(), whole.response, whole.targets.take(kept), kept, "part", 1000)
-    expected = target_kd(logits, collate([whole], 2.0).targets, 2.0)
-    found = target_kd(logits[mx.array(kept)], collate([part], 2.0).targets, 2.0)
+    expected = kd_of(logits, collate([whole], 2.0).targets, 2.0)
+    found = kd_of(logits[mx.array(kept)], collate([part], 2.0).targets, 2.0)
     np.testing.assert_allclose(np.array(found), np.array(expected)[kept], rtol=1e-6)
 
 
@@ -206,7 +225,7 @@ def test_a_batch_of_hidden_states_has_the_dense_loss(temperature: float) -> None
     batch = collate(with_hidden_states(draw_examples([(3, 4), (9, 1), (2, 6)]), head), temperature)
     student = mx.array(np.random.default_rng(1).normal(size=(11, VOCAB)).astype(np.float32))
     teacher = head.logprobs(batch.targets.hidden, 1.0)
-    found = mx.mean(target_kd(student, batch.targets, temperature)).item()
+    found = mx.mean(kd_of(student, batch.targets, temperature)).item()
     assert found == pytest.approx(compute_kd_loss(teacher, student, temperature).item(), rel=1e-4)
 
 
@@ -215,22 +234,24 @@ def test_hidden_states_in_the_students_ids_keep_them_in_the_batch() -> None:
     examples = with_hidden_states(draw_examples([(3, 4), (9, 1), (2, 6)]), head)
     mapped = [replace(example, targets=example.targets.with_ids(backwards)) for example in examples]
     student = mx.array(np.random.default_rng(1).normal(size=(11, VOCAB)).astype(np.float32))
-    plain = target_kd(student, collate(examples, 2.0).targets, 2.0)
-    found = target_kd(student[:, ::-1], collate(mapped, 2.0).targets, 2.0)
+    plain = kd_of(student, collate(examples, 2.0).targets, 2.0)
+    found = kd_of(student[:, ::-1], collate(mapped, 2.0).targets, 2.0)
     np.testing.assert_allclose(np.array(found), np.array(plain), rtol=1e-4)
 
 
-def losses_of(student: nn.Module, batch: Batch) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def losses_of(
+    student: nn.Module, batch: Batch, objective: Objective = FINAL
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Sums of the losses of a batch through a whole model, and the gradient of their total."""
 
-    def objective(tokens: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    def sums(tokens: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         logits = student(tokens)
-        sums = dense_losses(
-            logits.reshape(-1, logits.shape[-1])[batch.rows], batch.labels, batch.targets, LossOptions()
-        )
-        return sums.total, sums.kd, sums.ce
+        logits = logits.reshape(-1, logits.shape[-1])[batch.rows]
+        parts = token_losses(logits, batch.labels, batch.targets, objective)
+        kd, ce = (mx.sum(batch.weights * part) for part in parts)
+        return objective.alpha * kd + (1 - objective.alpha) * ce, kd, ce
 
-    values, gradient = nn.value_and_grad(student, objective)(batch.tokens)
+    values, gradient = nn.value_and_grad(student, sums)(batch.tokens)
     return np.array([value.item() for value in values]), {
         name: np.array(value) for name, value in tree_flatten(gradient)
     }
@@ -259,15 +280,86 @@ def test_the_content_of_padding_reaches_no_row(student) -> None:
     np.testing.assert_allclose(*rows, atol=1e-5)
 
 
-def test_the_fast_path_takes_a_batch_as_it_is() -> None:
-    batch = collate(draw_examples([(3, 4), (9, 1), (2, 6)]), 2.0)
+@pytest.mark.parametrize("multiple", [1, 16])
+def test_the_fast_path_takes_a_batch_as_it_is(multiple: int) -> None:
+    batch = collate(draw_examples([(3, 4), (9, 1), (2, 6)]), 2.0, multiple=multiple)
     rng = np.random.default_rng(0)
-    hidden = mx.array(rng.normal(size=(11, 8)).astype(np.float32))
+    hidden = mx.array(rng.normal(size=(len(batch.rows), 8)).astype(np.float32))
     head = mx.array(rng.normal(size=(VOCAB, 8)).astype(np.float32))
-    sums, gradient = head_losses(lambda states: states @ head.T, hidden, batch.labels, batch.targets, LossOptions())
-    dense = dense_losses(hidden @ head.T, batch.labels, batch.targets, LossOptions())
-    assert sums.total.item() == pytest.approx(dense.total.item(), rel=1e-5)
+    sums, gradient, _ = head_losses(
+        lambda states: states @ head.T, hidden, batch.labels, batch.targets, batch.weights, FINAL
+    )
+    kd, ce = token_losses((hidden @ head.T)[:11], batch.labels[:11], batch.targets.rows(0, 11), FINAL)
+    assert sums.kd.item() == pytest.approx(mx.sum(kd).item(), rel=1e-5)
+    assert sums.ce.item() == pytest.approx(mx.sum(ce).item(), rel=1e-5)
     assert gradient.shape == hidden.shape
+
+
+# Padding to a multiple, and weights -----------------------------------------------------------------------------------
+
+
+KINDS = ["entries", "some tokens", "hidden states"]
+
+
+def examples_of(kind: str, vocab: int = VOCAB) -> list[Example]:
+    examples = draw_examples(
+        [(3, 4), (9, 1), (2, 12), (5, 5)], vocab=vocab, share=0.4 if kind == "some tokens" else 1.0
+    )
+    return with_hidden_states(examples, teacher_head(vocab)) if kind == "hidden states" else examples
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("multiple", [1, 7, 32])
+def test_shapes_are_multiples_and_what_only_pads_weighs_nothing(multiple: int, kind: str) -> None:
+    examples = examples_of(kind)
+    batch, bare = collate(examples, 2.0, multiple=multiple), collate(examples, 2.0)
+    assert batch.tokens.shape[1] % multiple == len(batch.rows) % multiple == 0
+    assert batch.tokens.shape[1] < bare.tokens.shape[1] + multiple
+    assert len(batch.rows) < len(bare.rows) + multiple
+    assert len(batch.labels) == len(batch.weights) == len(batch.targets.arrays[0]) == len(batch.rows)
+    if isinstance(batch.targets, TokenTargets):
+        assert batch.targets.ids.shape[1] % multiple == 0
+        assert not batch.targets.weights[batch.response_tokens :].any()
+        assert not batch.targets.exact[batch.response_tokens :].any()
+    assert not batch.weights[batch.response_tokens :].any()
+    assert batch.weights[: batch.response_tokens].tolist() == [1.0] * batch.response_tokens
+    assert (batch.response_tokens, batch.sequence_tokens) == (bare.response_tokens, bare.sequence_tokens)
+    assert batch.padded_tokens == batch.tokens.size
+    assert np.array(batch.rows).max(initial=0) < batch.tokens.size
+
+
+@pytest.mark.parametrize("objective", [FINAL, replace(FINAL, divergence=ReverseKL())], ids=["forward", "reverse"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_to_a_multiple_changes_neither_losses_nor_gradients(student, kind: str, objective: Objective) -> None:
+    examples = examples_of(kind, vocab=320)
+    values, gradient = losses_of(student.module, collate(examples, 2.0), objective)
+    found, padded = losses_of(student.module, collate(examples, 2.0, multiple=32), objective)
+    np.testing.assert_allclose(found, values, rtol=1e-5)
+    for name, value in gradient.items():
+        np.testing.assert_allclose(padded[name], value, rtol=1e-3, atol=1e-4 * np.abs(value).max() + 1e-7, err_msg=name)
+
+
+def test_weights_of_a_batch_are_those_of_its_examples_in_order() -> None:
+    examples = examples_of("some tokens")
+    rng = np.random.default_rng(0)
+    weighed = [replace(example, weights=rng.random(len(example.kept), dtype=np.float32)) for example in examples]
+    batch = collate(weighed, 2.0, multiple=8)
+    expected = np.concatenate([example.weights for example in weighed])
+    np.testing.assert_array_equal(np.array(batch.weights)[: len(expected)], expected)
+    assert not batch.weights[len(expected) :].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_is_made_of_its_arrays(kind: str) -> None:
+    batch, other = collate(examples_of(kind), 2.0), collate(examples_of(kind)[::-1], 2.0)
+    again = batch.with_arrays(other.arrays)
+    assert all(one is each for one, each in zip(again.arrays, other.arrays, strict=True))
+    assert (again.response_tokens, again.padded_tokens) == (batch.response_tokens, batch.padded_tokens)
+    assert type(again.targets) is type(batch.targets)
+    values, expected = (
+        [mx.sum(kd_of(mx.zeros((len(each.rows), VOCAB)), each.targets, 2.0)).item()] for each in (again, other)
+    )
+    assert values == expected
 
 
 # Order --------------------------------------------------------------------------------------------------------------
@@ -284,21 +376,23 @@ def test_an_epoch_has_every_example_exactly_once_the_last_partial_batch_included
 
 @checked_often
 @given(lengths=some_lengths, options=some_options, seed=seeds)
-def test_the_micro_batches_of_two_epochs_have_every_example_twice(lengths, options, seed) -> None:
-    per_epoch = -(-len(lengths) // options.batch_size)
-    steps = [batch_indices(lengths, options, seed, step) for step in range(2 * per_epoch)]
-    for epoch in (steps[:per_epoch], steps[per_epoch:]):
-        assert sorted(index for batch in epoch for index in batch) == list(range(len(lengths)))
+def test_the_micro_batches_of_each_epoch_have_every_example_once(lengths, options, seed) -> None:
+    order, per_epoch = BatchOrder(lengths, options, seed), -(-len(lengths) // options.batch_size)
+    for epoch in range(3):
+        batches = [order[epoch * per_epoch + step] for step in range(per_epoch)]
+        assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+        assert batches == epoch_batches(lengths, options, seed, epoch)
 
 
 @checked_often
-@given(lengths=some_lengths, options=some_options, seed=seeds, step=st.integers(0, 50))
-def test_the_batch_of_a_step_is_the_same_whenever_it_is_asked_for(lengths, options, seed, step) -> None:
-    first = batch_indices(lengths, options, seed, step)
-    np.random.seed(step)
-    mx.random.seed(step)
-    batch_indices(lengths, options, seed + 1, step + 1)
-    assert batch_indices(lengths, options, seed, step) == first
+@given(lengths=some_lengths, options=some_options, seed=seeds, steps=st.lists(st.integers(0, 50), max_size=12))
+def test_the_batch_of_a_step_is_the_same_whenever_it_is_asked_for(lengths, options, seed, steps) -> None:
+    """A run that goes on from a checkpoint meets the batches that it would have met."""
+    order = BatchOrder(lengths, options, seed)
+    for step in steps:
+        np.random.seed(step)
+        mx.random.seed(step)
+        assert order[step] == BatchOrder(lengths, options, seed)[step]
 
 
 def test_batching_leaves_the_global_random_state_alone() -> None:
@@ -356,8 +450,9 @@ def test_examples_of_equal_length_are_mixed_anew_each_epoch() -> None:
 
 
 def test_fewer_examples_than_a_batch_are_one_batch_every_step() -> None:
+    order = BatchOrder([5, 9, 2], BatchOptions(batch_size=8), 0)
     for step in range(5):
-        assert sorted(batch_indices([5, 9, 2], BatchOptions(batch_size=8), 0, step)) == [0, 1, 2]
+        assert sorted(order[step]) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("bad", [{"batch_size": 0}, {"max_seq_length": 0}, {"bucket": 0}, {"batch_size": 2.0}], ids=str)

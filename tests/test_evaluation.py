@@ -9,17 +9,19 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from textbook import CASES
 
 from true_kd.cache import TargetCache
 from true_kd.capture import CaptureOptions, capture, render_for, teacher_identity
 from true_kd.evaluation import EvaluationOptions, evaluate, exact_match, extract_answer, score_answers
 from true_kd.examples import Example, make_example
-from true_kd.losses import LossOptions
+from true_kd.losses import LossOptions, Objective
 from true_kd.models import LanguageModel, ModelOptions, SamplingOptions, generate_replies, load_head, open_model
 from true_kd.prompts import from_records, from_strings
 from true_kd.targets import TargetOptions, TargetSettings, TeacherHead
 
 LOSSES = LossOptions()
+FINAL = LOSSES.final
 EVALUATION = EvaluationOptions()
 SAMPLING = SamplingOptions(max_tokens=8, batch_size=4)
 ASKED = [
@@ -76,7 +78,7 @@ def dense_kl(teacher: LanguageModel, student: LanguageModel, examples: Sequence[
 
 
 def test_a_teacher_agrees_with_itself(teacher: LanguageModel, examples: list[Example]) -> None:
-    metrics = evaluate(teacher.module, examples, LOSSES, batch_size=2)
+    metrics = evaluate(teacher.module, examples, FINAL, batch_size=2)
     assert abs(metrics.kl) < 2e-3, "log-probabilities of eight bits, hidden states of sixteen"
     assert abs(metrics.kd) < 8e-3, "four times that"
     assert metrics.top1_agreement == 1.0
@@ -86,7 +88,7 @@ def test_a_teacher_agrees_with_itself_on_sparse_targets(teacher: LanguageModel, 
     sparse = captured(teacher, TargetOptions().settings, tmp_path)
     entries = [np.diff(example.targets.offsets) for example in sparse]
     assert len(set(np.concatenate(entries).tolist())) > 1, "rows of one length show no padding"
-    metrics = evaluate(teacher.module, sparse, LOSSES, batch_size=3)
+    metrics = evaluate(teacher.module, sparse, FINAL, batch_size=3)
     assert metrics.top1_agreement == 1.0
     assert abs(metrics.kl) < 5e-3, "log-probabilities of drawn ids have six bits"
 
@@ -94,14 +96,33 @@ def test_a_teacher_agrees_with_itself_on_sparse_targets(teacher: LanguageModel, 
 def test_divergences_are_those_of_the_dense_distributions(
     teacher: LanguageModel, student: LanguageModel, examples: list[Example]
 ) -> None:
-    metrics = evaluate(student.module, examples, LOSSES, batch_size=2)
+    metrics = evaluate(student.module, examples, FINAL, batch_size=2)
     assert metrics.kl == pytest.approx(dense_kl(teacher, student, examples, 1.0), rel=2e-3)
     expected = LOSSES.temperature**2 * dense_kl(teacher, student, examples, LOSSES.temperature)
     assert metrics.kd == pytest.approx(expected, rel=2e-3)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_any_divergence_is_that_of_the_dense_distributions_and_the_kl_beside_it_stays(
+    temperature: float, teacher: LanguageModel, student: LanguageModel, examples: list[Example]
+) -> None:
+    dense = [[dense_logprobs(model, example) for model in (teacher, student)] for example in examples]
+    kl = dense_kl(teacher, student, examples, 1.0)
+    for name, case in CASES.items():
+        metrics = evaluate(student.module, examples, Objective(case.divergence, temperature, 0.4, None), batch_size=6)
+        expected = np.concatenate([case.between(*pair, temperature) for pair in dense]).mean()
+        assert metrics.kd == pytest.approx(expected, rel=5e-3), name
+        assert metrics.kl == pytest.approx(kl, rel=2e-3), name
+        assert metrics.loss == pytest.approx(0.4 * metrics.kd + 0.6 * metrics.ce), name
+
+
+def test_held_out_tokens_all_weigh_the_same(student: LanguageModel, examples: list[Example]) -> None:
+    weighed = [replace(example, weights=5.0 * example.weights) for example in examples]
+    assert evaluate(student.module, weighed, FINAL, 2) == evaluate(student.module, examples, FINAL, 2)
+
+
 def test_cross_entropy_is_that_of_the_teachers_text(student: LanguageModel, examples: list[Example]) -> None:
-    metrics = evaluate(student.module, examples, LOSSES, batch_size=2)
+    metrics = evaluate(student.module, examples, FINAL, batch_size=2)
     scores = np.concatenate(
         [dense_logprobs(student, example)[np.arange(len(example.kept)), example.labels] for example in examples]
     )
@@ -115,7 +136,7 @@ def test_of_replies_that_are_kept_in_part_only_the_tokens_that_count_are_measure
     examples = captured(teacher, replace(WHOLE, share=0.4), tmp_path)
     assert all(len(example.targets) == len(example.kept) for example in examples)
     assert sum(len(example.kept) for example in examples) < sum(len(example.response) for example in examples)
-    metrics = evaluate(student.module, examples, LOSSES, batch_size=2)
+    metrics = evaluate(student.module, examples, FINAL, batch_size=2)
     scores = np.concatenate(
         [dense_logprobs(student, example)[np.arange(len(example.kept)), example.labels] for example in examples]
     )
@@ -129,7 +150,7 @@ def test_a_preset_measures_nearly_what_the_dense_distributions_say(
     teacher: LanguageModel, student: LanguageModel, tmp_path: Path, preset: str
 ) -> None:
     sparse = captured(teacher, TargetOptions(preset=preset).settings, tmp_path)
-    metrics = evaluate(student.module, sparse, LOSSES, batch_size=2)
+    metrics = evaluate(student.module, sparse, FINAL, batch_size=2)
     assert metrics.kl == pytest.approx(dense_kl(teacher, student, sparse, 1.0), rel=0.1)
 
 
@@ -146,11 +167,11 @@ def test_agreement_is_the_share_of_equal_favourites(
         ]
     )
     assert 0 < favourites.mean() < 1, "this change of the teacher no longer changes some favourites and leaves others"
-    assert evaluate(near.module, examples, LOSSES, batch_size=3).top1_agreement == pytest.approx(favourites.mean())
+    assert evaluate(near.module, examples, FINAL, batch_size=3).top1_agreement == pytest.approx(favourites.mean())
 
 
 def test_the_loss_is_the_objective(student: LanguageModel, examples: list[Example]) -> None:
-    metrics = evaluate(student.module, examples, LossOptions(alpha=0.25), batch_size=2)
+    metrics = evaluate(student.module, examples, LossOptions(alpha=0.25).final, batch_size=2)
     assert metrics.loss == pytest.approx(0.25 * metrics.kd + 0.75 * metrics.ce)
 
 
@@ -158,8 +179,8 @@ def test_the_loss_is_the_objective(student: LanguageModel, examples: list[Exampl
 def test_grouping_does_not_change_the_metrics(
     student: LanguageModel, examples: list[Example], batch_size: int, chunk: int
 ) -> None:
-    expected = evaluate(student.module, examples, LOSSES, batch_size=2)
-    found = evaluate(student.module, list(reversed(examples)), LossOptions(chunk=chunk), batch_size)
+    expected = evaluate(student.module, examples, FINAL, batch_size=2)
+    found = evaluate(student.module, list(reversed(examples)), LossOptions(chunk=chunk).final, batch_size)
     assert found.tokens == expected.tokens
     for name in ("loss", "kd", "ce", "kl", "top1_agreement"):
         assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-4), name
@@ -167,7 +188,7 @@ def test_grouping_does_not_change_the_metrics(
 
 def test_evaluation_switches_dropout_off(student: LanguageModel, examples: list[Example]) -> None:
     student.module.train()
-    evaluate(student.module, examples[:1], LOSSES, batch_size=1)
+    evaluate(student.module, examples[:1], FINAL, batch_size=1)
     assert not student.module.training
 
 

@@ -8,6 +8,7 @@ import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,19 @@ from true_kd.errors import PoorTargetsError
 from true_kd.evaluation import evaluate
 from true_kd.examples import Example
 from true_kd.fidelity import Fidelity, FidelityOptions, Position, certify
-from true_kd.losses import LossOptions, compute_kd_loss
-from true_kd.models import LoraOptions, ModelOptions, add_lora, open_model, split_head
+from true_kd.losses import Divergence, ForwardKL, LossOptions, Objective, compute_kd_loss
+from true_kd.losses.divergences import JensenShannon, ReverseKL, SkewedReverseKL
+from true_kd.models import LoraOptions, ModelOptions, add_lora, open_model
 from true_kd.reporting import read_result
 from true_kd.targets import HiddenTargets, SparseTargets, TargetOptions, TargetSettings, TeacherHead, encode
 from true_kd.training import sum_gradients
 
 PROMPT, RESPONSE, COUNT = 6, 40, 8
 ALL = FidelityOptions(tokens=10**6)
+FORWARD_KL = ForwardKL()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Subject:
     """A random student with an adapter, and what a random teacher thinks of random replies."""
 
@@ -45,6 +48,7 @@ class Subject:
     logits: np.ndarray
     """The teacher's at the response tokens, float32 [COUNT, RESPONSE, vocab]."""
 
+    @cache  # noqa: B019 - lives as long as the module's fixtures
     def examples(self, settings: TargetSettings, seed: int = 0) -> list[Example]:
         """The replies with sparse targets; a sample of the tail per seed."""
         rng = np.random.default_rng(seed)
@@ -53,26 +57,29 @@ class Subject:
             response, uniforms = tokens[PROMPT:], rng.random(RESPONSE, dtype=np.float32)
             targets = encode(mx.array(logits), mx.array(response), uniforms, settings)
             kept = np.arange(RESPONSE, dtype=np.int32)
-            found.append(Example(tokens[:PROMPT], response, targets, kept, f"prompts:{number}"))
+            weights = np.ones(RESPONSE, dtype=np.float32)
+            found.append(Example(tokens[:PROMPT], response, targets, kept, weights, f"prompts:{number}"))
         return found
 
-    def true_gradient(self, temperature: float) -> tuple[np.ndarray, float]:
-        """The adapter's gradient of the mean T^2 KL over the whole vocabulary, float64, and that mean."""
+    @cache  # noqa: B019
+    def true_gradient(self, temperature: float, divergence: Divergence = FORWARD_KL) -> tuple[np.ndarray, float]:
+        """The adapter's gradient of the mean T^2 divergence over the whole vocabulary, float64, and that mean."""
         teacher = mx.array(self.logits)
 
-        def objective() -> mx.array:
+        def loss() -> mx.array:
             logits = self.student(mx.array(self.tokens))[:, PROMPT - 1 : -1]
-            return compute_kd_loss(teacher, logits, temperature)
+            return compute_kd_loss(teacher, logits, temperature, divergence)
 
-        loss, gradient = nn.value_and_grad(self.student, objective)()
-        return flat(gradient), loss.item()
+        value, gradient = nn.value_and_grad(self.student, loss)()
+        return flat(gradient), value.item()
 
-    def gradient(self, examples: Sequence[Example], temperature: float) -> tuple[np.ndarray, float]:
+    def gradient(
+        self, examples: Sequence[Example], temperature: float, divergence: Divergence = FORWARD_KL
+    ) -> tuple[np.ndarray, float]:
         """The adapter's gradient of the mean KD loss as training has it, float64, and that mean."""
         count = sum(len(example.kept) for example in examples)
-        losses = LossOptions(temperature=temperature, alpha=1.0)
-        batches = [collate(examples, temperature)]
-        sums, gradient = sum_gradients(self.student, split_head(self.student), batches, losses, count)
+        objective = Objective(divergence, temperature, 1.0, None)
+        sums, gradient = sum_gradients(self.student, [collate(examples, temperature)], objective, count)
         return flat(gradient), sums.kd.item() / count
 
 
@@ -93,11 +100,17 @@ def keep(threshold: float = 0.02, draw_temperature: float = 2.0) -> TargetSettin
 
 
 def certified(
-    subject: Subject, examples: Sequence[Example], temperature: float = 2.0, batch_size: int = 8, **options: Any
+    subject: Subject,
+    examples: Sequence[Example],
+    temperature: float = 2.0,
+    batch_size: int = 8,
+    divergence: Divergence = FORWARD_KL,
+    **options: Any,
 ) -> Fidelity:
     """The certificate of all the examples."""
     given = FidelityOptions(**options) if options else ALL
-    return certify(subject.student, examples, LossOptions(temperature=temperature), batch_size, given, 6400, 320)
+    objective = Objective(divergence, temperature, 0.7, None)
+    return certify(subject.student, examples, objective, batch_size, given, 6400, 320)
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +245,47 @@ def test_ids_that_the_student_lacks_are_no_fault_of_the_sample(missing: float, s
     assert 0.75 * true < certified(subject, mapped).angle < 2.0 * true
 
 
+# Other divergences
+
+
+@pytest.mark.parametrize("divergence", [JensenShannon(0.5), SkewedReverseKL(0.1)], ids=["JS", "skewed"])
+@pytest.mark.parametrize(
+    ("temperature", "settings"),
+    [(1.0, keep(0.05)), (2.0, keep()), (4.0, TargetOptions(preset="hot").settings)],
+    ids=["1", "2", "4"],
+)
+def test_the_angle_of_another_divergence_is_near_that_to_its_gradient_from_full_logits(
+    temperature: float, settings: TargetSettings, divergence: Divergence, subject: Subject
+) -> None:
+    truth, _ = subject.true_gradient(temperature, divergence)
+    true, estimated = [], []
+    for seed in range(2):
+        examples = subject.examples(settings, seed)
+        true.append(degrees(cosine_of(subject.gradient(examples, temperature, divergence)[0], truth)))
+        estimated.append(certified(subject, examples, temperature, divergence=divergence).angle)
+    assert 0.75 * np.mean(true) - 0.5 < np.mean(estimated) < 2.0 * np.mean(true) + 0.5, (true, estimated)
+
+
+@pytest.mark.parametrize("settings", [keep(0.2), keep()], ids=["coarse", "default"])
+def test_the_floor_of_jensen_shannon_is_the_spread_of_its_value_over_other_draws(
+    settings: TargetSettings, subject: Subject
+) -> None:
+    divergence = JensenShannon(0.5)
+    objective = Objective(divergence, 2.0, 1.0, None)
+    _, truth = subject.true_gradient(2.0, divergence)
+    samples = [subject.examples(settings, seed) for seed in range(8)]
+    spread = math.sqrt(np.mean([(mean_kd(subject, examples, objective) - truth) ** 2 for examples in samples]))
+    floor = np.mean([certified(subject, examples, divergence=divergence).kl_floor for examples in samples[:2]])
+    assert 0.7 * spread < floor < 3.0 * spread
+
+
+def test_a_divergence_that_no_sample_gives_is_certified_by_forward_kl(subject: Subject) -> None:
+    examples = subject.examples(keep(0.1))
+    found = certified(subject, examples, divergence=ReverseKL())
+    assert found == certified(subject, examples)
+    assert found != certified(subject, examples, divergence=JensenShannon(0.5))
+
+
 # The rest of the certificate
 
 
@@ -245,15 +299,15 @@ def test_the_floor_is_the_spread_of_the_kl_over_other_draws(
 ) -> None:
     _, truth = subject.true_gradient(temperature)
     samples = [subject.examples(settings, seed) for seed in range(8)]
-    losses = LossOptions(temperature=temperature)
-    spread = math.sqrt(np.mean([(mean_kd(subject, examples, losses) - truth) ** 2 for examples in samples]))
+    objective = LossOptions(temperature=temperature).final
+    spread = math.sqrt(np.mean([(mean_kd(subject, examples, objective) - truth) ** 2 for examples in samples]))
     floor = np.mean([certified(subject, examples, temperature).kl_floor for examples in samples[:2]])
     # A systematic sample is a little better than the independent draws that the floor assumes.
     assert 0.7 * spread < floor < 3.0 * spread
 
 
-def mean_kd(subject: Subject, examples: Sequence[Example], losses: LossOptions) -> float:
-    return evaluate(subject.student, examples, losses, COUNT).kd
+def mean_kd(subject: Subject, examples: Sequence[Example], objective: Objective) -> float:
+    return evaluate(subject.student, examples, objective, COUNT).kd
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0, 4.0])
@@ -291,7 +345,10 @@ def test_the_worst_positions_are_those_with_the_most_tail_mass(subject: Subject)
 def test_the_worst_positions_are_counted_in_the_whole_reply_where_a_share_is_kept(subject: Subject) -> None:
     kept = np.array([3, 11, 37], dtype=np.int32)
     whole = subject.examples(keep())
-    some = [replace(example, targets=example.targets.take(kept), kept=kept) for example in whole]
+    some = [
+        replace(example, targets=example.targets.take(kept), kept=kept, weights=example.weights[kept])
+        for example in whole
+    ]
     found = certified(subject, some)
     assert found.tokens == COUNT * 3
     for place in found.worst:
@@ -310,7 +367,7 @@ def test_the_first_replies_are_looked_at_until_there_are_tokens_enough(
 
 
 def test_bytes_are_those_of_the_cache(subject: Subject) -> None:
-    found = certify(subject.student, subject.examples(keep())[:1], LossOptions(), 8, ALL, 5000, 100)
+    found = certify(subject.student, subject.examples(keep())[:1], LossOptions().final, 8, ALL, 5000, 100)
     assert (found.cache_bytes, found.bytes_per_token) == (5000, 50.0)
 
 
@@ -335,7 +392,7 @@ def test_the_size_of_batches_changes_nothing(batch_size: int, subject: Subject) 
 
 def test_the_weight_of_the_kd_loss_and_the_chunks_change_nothing(subject: Subject) -> None:
     examples = subject.examples(keep(0.1))
-    other = certify(subject.student, examples, LossOptions(alpha=0.1, chunk=32), 8, ALL, 6400, 320)
+    other = certify(subject.student, examples, LossOptions(alpha=0.1, chunk=32).final, 8, ALL, 6400, 320)
     assert other.cosine == pytest.approx(certified(subject, examples).cosine, abs=1e-4)
 
 
@@ -346,7 +403,7 @@ def test_weights_and_random_state_are_left_as_they_were(subject: Subject, studen
     student.train()
     before = {name: np.array(value) for name, value in tree_flatten(student.parameters())}
     state = [np.array(value) for value in mx.random.state]
-    certify(student, subject.examples(keep()), LossOptions(), 8, ALL, 1, 1)
+    certify(student, subject.examples(keep()), LossOptions().final, 8, ALL, 1, 1)
     assert all((np.array(value) == before[name]).all() for name, value in tree_flatten(student.parameters()))
     assert all((np.array(value) == old).all() for value, old in zip(mx.random.state, state, strict=True))
     assert not student.training

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,59 +14,46 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jaxtyping import TypeCheckError, config
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.dora import DoRALinear
+from mlx_lm.tuner.lora import LoRALinear
 from pydantic import ValidationError
+from textbook import CASES, Case, cross_entropy, log_softmax, slope
 
+from true_kd.config import load_config
+from true_kd.errors import ConfigError
 from true_kd.losses import (
     BatchTargets,
+    ForwardKL,
     HeadTargets,
     LossOptions,
     LossSums,
+    Objective,
     TokenTargets,
+    chunk_rows,
+    chunks,
     compute_ce_loss,
     compute_kd_loss,
-    dense_losses,
     head_losses,
-    target_kd,
+    token_losses,
 )
+from true_kd.losses.divergences import JensenShannon, SkewedKL, SkewedReverseKL
 from true_kd.targets import TeacherHead
 
 VOCAB = 40
 every_temperature = pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 10.0])
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 some_logits = hnp.arrays(np.float32, (3, 7), elements=st.floats(-30, 30, width=32))
 some_temperature = st.floats(0.5, 10.0)
 checked_often = settings(max_examples=30, deadline=None)
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    logits = logits.astype(np.float64)
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-
-
 def reference_kd(teacher: np.ndarray, student: np.ndarray, temperature: float) -> np.ndarray:
-    """T^2 * KL of each position in float64, with 0 * log 0 = 0."""
-    log_p = log_softmax(teacher.astype(np.float64) / temperature)
-    log_q = log_softmax(student.astype(np.float64) / temperature)
+    """T^2 * KL of each position in float64, with 0 * log 0 = 0, however large the logits."""
+    log_p, log_q = log_softmax(teacher, temperature), log_softmax(student, temperature)
     possible = np.isfinite(log_p)
     gap = np.where(possible, log_p, 0.0) - log_q
     return temperature**2 * (np.exp(log_p) * np.where(possible, gap, 0.0)).sum(axis=-1)
-
-
-def reference_ce(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Cross-entropy of each position in float64."""
-    return -np.take_along_axis(log_softmax(logits), labels[..., None], axis=-1)[..., 0]
-
-
-def slope(function: Callable[[np.ndarray], float], at: np.ndarray, step: float = 1e-4) -> np.ndarray:
-    """Central finite differences of `function` in float64."""
-    at = at.astype(np.float64)
-    found = np.zeros_like(at)
-    for index in np.ndindex(at.shape):
-        up, down = at.copy(), at.copy()
-        up[index] += step
-        down[index] -= step
-        found[index] = (function(up) - function(down)) / (2 * step)
-    return found
 
 
 def draw_logits(seed: int, *shape: int, scale: float = 3.0) -> np.ndarray:
@@ -163,12 +152,21 @@ def test_at_a_high_temperature_the_kd_loss_is_half_the_mean_squared_distance_of_
     assert compute_kd_loss(mx.array(teacher), mx.array(student), 10.0).item() == pytest.approx(expected, rel=0.01)
 
 
+@every_case
 @every_temperature
-def test_the_kd_gradient_is_the_slope_of_the_float64_value(temperature: float) -> None:
+def test_value_and_gradient_are_those_of_the_definition(temperature: float, case: Case) -> None:
     teacher, student = draw_logits(1, 3, 9), draw_logits(2, 3, 9)
-    gradient = mx.grad(lambda x: compute_kd_loss(mx.array(teacher), x, temperature))(mx.array(student))
-    expected = slope(lambda x: reference_kd(teacher, x, temperature).mean(), student)
-    np.testing.assert_allclose(np.array(gradient), expected, rtol=1e-4, atol=1e-6)
+    value, gradient = mx.value_and_grad(lambda x: compute_kd_loss(mx.array(teacher), x, temperature, case.divergence))(
+        mx.array(student)
+    )
+    assert value.item() == pytest.approx(case.between(teacher, student, temperature).mean(), rel=1e-5)
+    expected = slope(lambda x: case.between(teacher, x, temperature).mean(), student)
+    np.testing.assert_allclose(np.array(gradient), expected, rtol=5e-4, atol=2e-6 * max(1.0, np.abs(expected).max()))
+
+
+def test_without_a_divergence_it_is_forward_kl() -> None:
+    teacher, student = mx.array(draw_logits(1, 3, 9)), mx.array(draw_logits(2, 3, 9))
+    assert compute_kd_loss(teacher, student, 2.0).item() == compute_kd_loss(teacher, student, 2.0, ForwardKL()).item()
 
 
 def test_the_teacher_gets_no_gradient() -> None:
@@ -195,13 +193,13 @@ def test_the_ce_loss_is_the_float64_value(shape: tuple[int, ...]) -> None:
     logits = draw_logits(1, *shape)
     labels = np.random.default_rng(2).integers(0, VOCAB, shape[:-1])
     found = compute_ce_loss(mx.array(logits), mx.array(labels)).item()
-    assert found == pytest.approx(reference_ce(logits, labels).mean(), rel=1e-5)
+    assert found == pytest.approx(cross_entropy(logits, labels).mean(), rel=1e-5)
 
 
 def test_the_ce_loss_survives_large_logits() -> None:
     logits, labels = draw_logits(1, 8, VOCAB, scale=1e4), np.arange(8)
     found = compute_ce_loss(mx.array(logits), mx.array(labels)).item()
-    assert found == pytest.approx(reference_ce(logits, labels).mean(), rel=1e-5)
+    assert found == pytest.approx(cross_entropy(logits, labels).mean(), rel=1e-5)
 
 
 @pytest.mark.parametrize("ignore_index", [-100, -1, 3])
@@ -210,7 +208,7 @@ def test_ignored_positions_count_neither_above_nor_below_the_fraction_bar(ignore
     labels = np.array([5, 9, 11, 30, 2, 4, 39, 0])
     ignored = np.array([True, False, False, True, False, True, False, False])
     found = compute_ce_loss(mx.array(logits), mx.array(np.where(ignored, ignore_index, labels)), ignore_index).item()
-    assert found == pytest.approx(reference_ce(logits[~ignored], labels[~ignored]).mean(), rel=1e-5)
+    assert found == pytest.approx(cross_entropy(logits[~ignored], labels[~ignored]).mean(), rel=1e-5)
 
 
 def test_where_every_position_is_ignored_the_ce_loss_and_its_gradient_are_zero() -> None:
@@ -224,7 +222,7 @@ def test_the_ce_gradient_is_the_slope_of_the_float64_value_and_zero_where_ignore
     logits, labels = draw_logits(1, 4, 9), np.array([2, -100, 8, 0])
     gradient = mx.grad(compute_ce_loss)(mx.array(logits), mx.array(labels))
     counts = labels >= 0
-    expected = slope(lambda x: reference_ce(x[counts], labels[counts]).mean(), logits)
+    expected = slope(lambda x: cross_entropy(x[counts], labels[counts]).mean(), logits)
     np.testing.assert_allclose(np.array(gradient), expected, rtol=1e-4, atol=1e-6)
     assert not gradient[1].any()
 
@@ -237,7 +235,7 @@ def test_half_precision_logits_are_computed_in_float32(dtype: mx.Dtype) -> None:
     as_read = [np.array(logits.astype(mx.float32)) for logits in (teacher, student)]
     assert kd.dtype == ce.dtype == mx.float32
     assert kd.item() == pytest.approx(reference_kd(*as_read, 2.0).mean(), rel=1e-5)
-    assert ce.item() == pytest.approx(reference_ce(as_read[1], labels).mean(), rel=1e-5)
+    assert ce.item() == pytest.approx(cross_entropy(as_read[1], labels).mean(), rel=1e-5)
 
 
 def test_annotated_shapes_are_checked_under_pytest() -> None:
@@ -252,7 +250,9 @@ def test_annotated_dtypes_are_checked_under_pytest() -> None:
 
 def test_annotated_fields_are_checked_under_pytest() -> None:
     with pytest.raises(TypeCheckError, match="logprobs"):
-        TokenTargets(mx.zeros((2, 5), dtype=mx.int32), mx.zeros((2, 5)), mx.zeros((3, 5)))
+        TokenTargets(
+            mx.zeros((2, 5), dtype=mx.int32), mx.zeros((2, 5)), mx.zeros((3, 5)), mx.zeros((2, 5), dtype=mx.bool_)
+        )
 
 
 # The fast path ------------------------------------------------------------------------------------------------------
@@ -260,19 +260,28 @@ def test_annotated_fields_are_checked_under_pytest() -> None:
 WIDTH = 32
 
 
+def objective(
+    case: Case | None = None, temperature: float = 2.0, alpha: float = 0.7, chunk: int | None = 16
+) -> Objective:
+    return Objective(case.divergence if case else ForwardKL(), temperature, alpha, chunk)
+
+
 def whole_vocabulary(teacher: np.ndarray, temperature: float) -> TokenTargets:
     """Targets with an entry for every id."""
-    logprobs = log_softmax(teacher / temperature).astype(np.float32)
+    logprobs = log_softmax(teacher, temperature).astype(np.float32)
     ids = np.broadcast_to(np.arange(teacher.shape[-1], dtype=np.int32), teacher.shape)
-    return TokenTargets(mx.array(ids), mx.array(np.exp(logprobs)), mx.array(logprobs))
+    exact = mx.ones(teacher.shape, dtype=mx.bool_)
+    return TokenTargets(mx.array(ids), mx.array(np.exp(logprobs)), mx.array(logprobs), exact)
 
 
 def few_entries(seed: int, rows: int, entries: int = 6) -> TokenTargets:
-    """Targets with some ids of each row, the weights of a row summing to 1 or, where ids were dropped, to less."""
+    """Targets with some ids of each row, half of them drawn; their weights sum to less than 1."""
     rng = np.random.default_rng(seed)
     ids = np.sort(np.stack([rng.permutation(VOCAB)[:entries] for _ in range(rows)]), axis=-1).astype(np.int32)
-    weights = (rng.dirichlet(np.ones(entries), rows) * rng.uniform(0.2, 1.0, (rows, 1))).astype(np.float32)
-    return TokenTargets(mx.array(ids), mx.array(weights), mx.array(-5 * rng.random((rows, entries)).astype(np.float32)))
+    weights = (rng.dirichlet(np.ones(entries), rows) * rng.uniform(0.2, 0.9, (rows, 1))).astype(np.float32)
+    exact = np.broadcast_to(np.arange(entries) < entries // 2, ids.shape)
+    logprobs = np.where(exact, np.log(weights), -5 * rng.random((rows, entries))).astype(np.float32)
+    return TokenTargets(mx.array(ids), mx.array(weights), mx.array(logprobs), mx.array(exact))
 
 
 TEACHER_WIDTH = 24
@@ -318,26 +327,165 @@ def draw_labels(seed: int, rows: int) -> mx.array:
     return mx.array(np.random.default_rng(seed).integers(0, VOCAB, rows).astype(np.int32))
 
 
+def draw_weights(seed: int, rows: int) -> mx.array:
+    return mx.array(np.random.default_rng(seed).uniform(0.0, 3.0, rows).astype(np.float32))
+
+
 def values(sums: LossSums) -> list[float]:
     return [sums.total.item(), sums.kd.item(), sums.ce.item()]
 
 
+def kd_of(student: mx.array, targets: BatchTargets, temperature: float) -> mx.array:
+    """T^2 * KL of each token."""
+    labels = mx.zeros(len(student), dtype=mx.int32)
+    return token_losses(student, labels, targets, objective(temperature=temperature))[0]
+
+
+def dense_total(
+    logits: mx.array, labels: mx.array, teacher: mx.array, given: Objective
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The sums by the dense losses; differentiable."""
+    kd = len(logits) * compute_kd_loss(teacher, logits, given.temperature, given.divergence)
+    ce = len(logits) * compute_ce_loss(logits, labels)
+    return given.alpha * kd + (1 - given.alpha) * ce, kd, ce
+
+
+@every_kind
 @pytest.mark.parametrize("alpha", [0.0, 0.7, 1.0])
-@pytest.mark.parametrize(("rows", "chunk"), [(37, 16), (32, 16), (37, 512), (1, 16), (17, 16)])
-def test_the_fast_path_over_the_whole_vocabulary_is_the_dense_loss(alpha: float, rows: int, chunk: int) -> None:
-    head, hidden, labels = draw_head(1), draw_hidden(2, rows), draw_labels(3, rows)
-    teacher = draw_logits(4, rows, VOCAB)
-    options = LossOptions(temperature=2.0, alpha=alpha, chunk=chunk)
+@every_case
+def test_the_fast_path_is_the_dense_loss_and_its_gradient(case: Case, alpha: float, kind: str) -> None:
+    rows, given = 21, objective(case, alpha=alpha)
+    head, hidden, labels, weights = draw_head(1), draw_hidden(2, rows), draw_labels(3, rows), mx.ones(rows)
+    hidden_targets, logits = by_hidden_states(4, rows)
+    targets = hidden_targets if kind == "hidden states" else whole_vocabulary(logits, 2.0)
+    teacher = mx.array(logits.astype(np.float32))
+    (total, kd, ce), expected = mx.value_and_grad(lambda states: dense_total(head(states), labels, teacher, given))(
+        hidden
+    )
+    sums, gradient, parameters = head_losses(head, hidden, labels, targets, weights, given)
+    assert values(sums) == pytest.approx([total.item(), kd.item(), ce.item()], rel=1e-4)
+    np.testing.assert_allclose(np.array(gradient), np.array(expected), rtol=1e-3, atol=3e-5)
+    assert parameters == {}
 
-    def dense(hidden: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        kd = rows * compute_kd_loss(mx.array(teacher), head(hidden), 2.0)
-        ce = rows * compute_ce_loss(head(hidden), labels)
-        return alpha * kd + (1 - alpha) * ce, kd, ce
 
-    expected, expected_gradient = mx.value_and_grad(dense)(hidden)
-    sums, gradient = head_losses(head, hidden, labels, whole_vocabulary(teacher, 2.0), options)
-    assert values(sums) == pytest.approx([value.item() for value in expected], rel=1e-5)
-    np.testing.assert_allclose(np.array(gradient), np.array(expected_gradient), rtol=1e-4, atol=1e-5)
+@every_case
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 3.7])
+def test_the_gradient_at_the_hidden_states_is_the_slope_of_the_float64_value(temperature: float, case: Case) -> None:
+    rows, given = 3, objective(case, temperature, alpha=0.6)
+    head, labels, weights = draw_head(1), draw_labels(3, rows), draw_weights(5, rows)
+    weight, teacher = np.array(head.weight, dtype=np.float64), draw_logits(4, rows, VOCAB)
+    hidden = draw_hidden(2, rows)
+    _, gradient, _ = head_losses(head, hidden, labels, whole_vocabulary(teacher, temperature), weights, given)
+
+    def total(part: np.ndarray) -> float:
+        states = np.array(hidden, dtype=np.float64)
+        states[:, :5] = part
+        logits = states @ weight.T
+        kd, ce = case.between(teacher, logits, temperature), cross_entropy(logits, np.array(labels))
+        return float((np.array(weights) * (0.6 * kd + 0.4 * ce)).sum())
+
+    expected = slope(total, np.array(hidden)[:, :5])
+    found = np.array(gradient)[:, :5]
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=2e-5 * max(1.0, np.abs(expected).max()))
+
+
+FORWARD = CASES["forward_kl"]
+
+
+@pytest.mark.parametrize(
+    ("case", "rows", "chunk"),
+    [
+        *((case, 37, 16) for case in CASES.values()),
+        *((FORWARD, *size) for size in ((32, 16), (37, 32), (37, None), (1, 16), (17, 16))),
+    ],
+)
+@every_kind
+def test_the_chunk_changes_nothing_but_memory(case: Case, kind: str, rows: int, chunk: int | None) -> None:
+    head, hidden, labels, weights = draw_head(1), draw_hidden(2, rows), draw_labels(3, rows), draw_weights(5, rows)
+    targets = draw_targets(kind, 4, rows)
+    found, gradient, _ = head_losses(head, hidden, labels, targets, weights, objective(case, chunk=chunk))
+    expected, expected_gradient, _ = head_losses(head, hidden, labels, targets, weights, objective(case, chunk=1000))
+    assert values(found) == pytest.approx(values(expected), rel=1e-5)
+    np.testing.assert_allclose(np.array(gradient), np.array(expected_gradient), rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize(("chunk", "vocab"), [(16, 10**6), (700, 50), (None, 50), (None, 60_000), (None, 10**7)])
+def test_a_chunk_is_as_asked_for_or_as_large_as_memory_allows(chunk: int | None, vocab: int) -> None:
+    rows = chunk_rows(chunk, vocab)
+    assert rows >= 16
+    assert rows == chunk or rows % 16 == 0
+    assert rows == chunk or rows == 16 or rows * vocab * 4 <= 128_000_000
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 48])
+def test_chunks_are_all_the_rows_in_their_order(rows: int) -> None:
+    found = list(chunks(draw_head(1), draw_hidden(2, rows), objective()))
+    assert [at for rows in found for at in range(rows.start, rows.stop)] == list(range(rows))
+    assert all(before.stop == after.start for before, after in pairwise(found))
+    assert max(rows.stop - rows.start for rows in found) <= 16
+
+
+@pytest.mark.parametrize(
+    ("case", "cut"), [*((case, 10) for case in CASES.values()), *((FORWARD, cut) for cut in (1, 16, 22))]
+)
+@every_kind
+def test_splitting_the_rows_changes_nothing(cut: int, kind: str, case: Case) -> None:
+    head, hidden, labels, weights = draw_head(1), draw_hidden(2, 23), draw_labels(3, 23), draw_weights(5, 23)
+    targets, given = draw_targets(kind, 4, 23), objective(case)
+    whole, gradient, _ = head_losses(head, hidden, labels, targets, weights, given)
+    sums, parts = LossSums.zero(), []
+    for start, stop in ((0, cut), (cut, 23)):
+        rows = slice(start, stop)
+        each, part, _ = head_losses(head, hidden[rows], labels[rows], targets.rows(start, stop), weights[rows], given)
+        sums, parts = sums + each, [*parts, part]
+    assert values(sums) == pytest.approx(values(whole), rel=1e-5)
+    np.testing.assert_allclose(np.array(mx.concatenate(parts)), np.array(gradient), rtol=1e-4, atol=2e-6)
+
+
+@every_case
+@every_kind
+def test_rows_of_no_weight_change_nothing_and_get_no_gradient(kind: str, case: Case) -> None:
+    head, hidden, labels = draw_head(1), draw_hidden(2, 23), draw_labels(3, 23)
+    targets, given = draw_targets(kind, 4, 23), objective(case)
+    weights = mx.array(np.where(np.arange(23) < 9, np.array(draw_weights(5, 23)), 0.0).astype(np.float32))
+    found, gradient, _ = head_losses(head, hidden, labels, targets, weights, given)
+    bare, bare_gradient, _ = head_losses(head, hidden[:9], labels[:9], targets.rows(0, 9), weights[:9], given)
+    assert values(found) == pytest.approx(values(bare), rel=1e-5)
+    np.testing.assert_allclose(np.array(gradient[:9]), np.array(bare_gradient), rtol=1e-4, atol=2e-6)
+    assert not gradient[9:].any()
+
+
+@every_case
+@every_kind
+def test_weights_multiply_the_losses_and_the_gradient_of_their_tokens(kind: str, case: Case) -> None:
+    head, hidden, labels, weights = draw_head(1), draw_hidden(2, 23), draw_labels(3, 23), draw_weights(5, 23)
+    targets, given = draw_targets(kind, 4, 23), objective(case)
+    plain, plain_gradient, _ = head_losses(head, hidden, labels, targets, mx.ones(23), given)
+    found, gradient, _ = head_losses(head, hidden, labels, targets, weights, given)
+    kd, ce = token_losses(head(hidden), labels, targets, given)
+    assert values(plain)[1:] == pytest.approx([mx.sum(kd).item(), mx.sum(ce).item()], rel=1e-5)
+    assert values(found)[1:] == pytest.approx([mx.sum(weights * kd).item(), mx.sum(weights * ce).item()], rel=1e-4)
+    assert found.total.item() == pytest.approx(0.7 * found.kd.item() + 0.3 * found.ce.item(), rel=1e-5)
+    expected = np.array(weights)[:, None] * np.array(plain_gradient)
+    np.testing.assert_allclose(np.array(gradient), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_the_sums_of_no_tokens_are_zero() -> None:
+    assert values(LossSums.zero()) == [0.0, 0.0, 0.0]
+
+
+def test_alpha_may_be_an_array() -> None:
+    head, hidden, labels, weights = draw_head(1), draw_hidden(2, 9), draw_labels(3, 9), draw_weights(5, 9)
+    targets = few_entries(4, 9)
+    found, gradient, _ = head_losses(
+        head, hidden, labels, targets, weights, Objective(ForwardKL(), 2.0, mx.array(0.3), 16)
+    )
+    expected, expected_gradient, _ = head_losses(head, hidden, labels, targets, weights, objective(alpha=0.3))
+    assert values(found) == pytest.approx(values(expected), rel=1e-6)
+    np.testing.assert_allclose(np.array(gradient), np.array(expected_gradient), rtol=1e-5, atol=1e-6)
+
+
+# The teacher's ids and the student's --------------------------------------------------------------------------------
 
 
 @checked_often
@@ -345,7 +493,7 @@ def test_the_fast_path_over_the_whole_vocabulary_is_the_dense_loss(alpha: float,
 def test_sparse_targets_over_the_whole_vocabulary_give_the_float64_kl_of_every_token(
     teacher, student, temperature
 ) -> None:
-    found = target_kd(mx.array(student), whole_vocabulary(teacher, temperature), temperature)
+    found = kd_of(mx.array(student), whole_vocabulary(teacher, temperature), temperature)
     expected = reference_kd(teacher, student, temperature)
     np.testing.assert_allclose(np.array(found), expected, rtol=1e-5, atol=3 * rounding(temperature))
 
@@ -354,7 +502,7 @@ def test_sparse_targets_over_the_whole_vocabulary_give_the_float64_kl_of_every_t
 def test_hidden_states_give_the_dense_loss(temperature: float) -> None:
     targets, teacher = by_hidden_states(4, 9, temperature)
     student = mx.array(draw_logits(2, 9, VOCAB))
-    found = target_kd(student, targets, temperature)
+    found = kd_of(student, targets, temperature)
     np.testing.assert_allclose(np.array(found), reference_kd(teacher, np.array(student), temperature), rtol=1e-4)
     dense = compute_kd_loss(mx.array(teacher.astype(np.float32)), student, temperature)
     assert mx.mean(found).item() == pytest.approx(dense.item(), rel=1e-5)
@@ -375,17 +523,18 @@ def test_hidden_states_in_permuted_ids_give_the_dense_loss_of_the_permuted_logit
     id_map = np.random.default_rng(0).permutation(width)[:VOCAB].astype(np.int32)
     targets, teacher = by_hidden_states(4, 9, temperature, id_map)
     student = mx.array(draw_logits(2, 9, width))
-    found = mx.mean(target_kd(student, targets, temperature)).item()
+    found = mx.mean(kd_of(student, targets, temperature)).item()
     permuted = mx.array(in_student_ids(teacher, id_map, width).astype(np.float32))
     assert found == pytest.approx(compute_kd_loss(permuted, student, temperature).item(), rel=1e-4)
 
 
-def test_hidden_states_of_a_narrower_teacher_give_the_dense_loss_without_a_map() -> None:
+@every_case
+def test_hidden_states_of_a_narrower_teacher_give_the_dense_loss_without_a_map(case: Case) -> None:
     targets, teacher = by_hidden_states(4, 9)
     student = mx.array(draw_logits(2, 9, VOCAB + 7))
     permuted = mx.array(in_student_ids(teacher, np.arange(VOCAB), VOCAB + 7).astype(np.float32))
-    found = mx.mean(target_kd(student, targets, 2.0)).item()
-    assert found == pytest.approx(compute_kd_loss(permuted, student, 2.0).item(), rel=1e-4)
+    found = mx.mean(token_losses(student, draw_labels(3, 9), targets, objective(case))[0]).item()
+    assert found == pytest.approx(compute_kd_loss(permuted, student, 2.0, case.divergence).item(), rel=1e-4)
 
 
 @every_temperature
@@ -397,70 +546,18 @@ def test_ids_that_the_student_lacks_are_left_out_and_their_mass_is_not_handed_on
     id_map[(id_map >= 25) | (np.arange(VOCAB) % 4 == 0)] = -1
     targets, teacher = by_hidden_states(4, 9, temperature, id_map)
     student = draw_logits(2, 9, width)
-    log_p, log_q = log_softmax(teacher / temperature), log_softmax(student.astype(np.float64) / temperature)
+    log_p, log_q = log_softmax(teacher, temperature), log_softmax(student, temperature)
     shared = id_map >= 0
     terms = np.exp(log_p[:, shared]) * (log_p[:, shared] - log_q[:, id_map[shared]])
-    found = np.array(target_kd(mx.array(student), targets, temperature))
+    found = np.array(kd_of(mx.array(student), targets, temperature))
     np.testing.assert_allclose(found, temperature**2 * terms.sum(axis=-1), rtol=1e-4, atol=1e-4)
 
 
 @every_temperature
 def test_a_student_that_is_its_teacher_has_no_loss(temperature: float) -> None:
     targets, teacher = by_hidden_states(4, 9, temperature)
-    found = np.array(target_kd(mx.array(teacher.astype(np.float32)), targets, temperature))
+    found = np.array(kd_of(mx.array(teacher.astype(np.float32)), targets, temperature))
     np.testing.assert_allclose(found, 0.0, atol=rounding(temperature))
-
-
-@every_kind
-@every_temperature
-def test_the_slope_is_the_derivative_of_the_kl(temperature: float, kind: str) -> None:
-    targets = draw_targets(kind, 4, 9)
-    scaled = mx.array(draw_logits(2, 9, VOCAB)) / temperature
-
-    def kl(scaled: mx.array) -> mx.array:
-        return mx.sum(targets.cross(scaled - mx.logsumexp(scaled, axis=-1, keepdims=True)))
-
-    found = targets.slope(mx.softmax(scaled, axis=-1))
-    np.testing.assert_allclose(np.array(found), np.array(mx.grad(kl)(scaled)), rtol=1e-4, atol=1e-6)
-
-
-def test_entries_of_one_id_add_up() -> None:
-    logprobs = mx.array(log_softmax(draw_logits(2, 1, 5)).astype(np.float32))
-    twice = TokenTargets(mx.array([[3, 1, 1]]), mx.array([[0.5, 0.2, 0.3]]), mx.array([[-0.7, -1.0, -1.0]]))
-    once = TokenTargets(mx.array([[3, 1]]), mx.array([[0.5, 0.5]]), mx.array([[-0.7, -1.0]]))
-    assert twice.cross(logprobs).item() == pytest.approx(once.cross(logprobs).item(), rel=1e-6)
-    np.testing.assert_allclose(*(np.array(each.slope(mx.exp(logprobs))) for each in (twice, once)), atol=1e-7)
-
-
-@pytest.mark.parametrize("alpha", [0.0, 0.7, 1.0])
-@pytest.mark.parametrize(("rows", "chunk"), [(37, 16), (32, 16), (37, 512), (1, 16)])
-def test_the_fast_path_over_hidden_states_is_the_dense_loss(alpha: float, rows: int, chunk: int) -> None:
-    head, hidden, labels = draw_head(1), draw_hidden(2, rows), draw_labels(3, rows)
-    targets, teacher = by_hidden_states(4, rows)
-    teacher = mx.array(teacher.astype(np.float32))
-
-    def dense(hidden: mx.array) -> mx.array:
-        kd, ce = compute_kd_loss(teacher, head(hidden), 2.0), compute_ce_loss(head(hidden), labels)
-        return rows * (alpha * kd + (1 - alpha) * ce)
-
-    expected, expected_gradient = mx.value_and_grad(dense)(hidden)
-    sums, gradient = head_losses(head, hidden, labels, targets, LossOptions(alpha=alpha, chunk=chunk))
-    assert sums.total.item() == pytest.approx(expected.item(), rel=1e-5)
-    np.testing.assert_allclose(np.array(gradient), np.array(expected_gradient), rtol=1e-3, atol=1e-5)
-
-
-def test_the_teachers_head_gets_no_gradient_and_its_student_does() -> None:
-    weight, hidden = mx.array(draw_logits(5, VOCAB, TEACHER_WIDTH, scale=0.5)), draw_hidden(2, 9)
-    states = mx.array(draw_logits(6, 9, TEACHER_WIDTH))
-
-    def total(student: mx.array) -> mx.array:
-        targets = HeadTargets(states, TeacherHead(lambda given: given @ weight.T), 2.0)
-        return dense_losses(hidden @ student.T, draw_labels(3, 9), targets, LossOptions()).total
-
-    student = draw_head(1).weight
-    gradient = mx.grad(total)(student)
-    assert gradient.shape == student.shape
-    assert mx.abs(gradient).max().item() > 0
 
 
 def test_the_best_entry_is_the_most_likely_of_those_the_student_has() -> None:
@@ -468,6 +565,7 @@ def test_the_best_entry_is_the_most_likely_of_those_the_student_has() -> None:
         ids=mx.array([[7, 2, 9], [0, 4, 0], [5, 6, 0]]),
         weights=mx.array([[0.3, 0.5, 0.2], [0.0, 0.4, 0.0], [0.1, 0.1, 0.0]]),
         logprobs=mx.array([[-1.2, -0.7, -1.6], [-0.1, -0.9, 0.0], [-3.0, -2.0, 0.0]]),
+        exact=mx.ones((3, 3), dtype=mx.bool_),
     )
     assert targets.best().tolist() == [2, 4, 6]
 
@@ -483,73 +581,7 @@ def test_the_best_of_hidden_states_is_the_most_likely_of_those_the_student_has(t
     assert mapped.best().tolist() == expected.tolist()
 
 
-@every_kind
-@pytest.mark.parametrize("cut", [1, 10, 16, 22])
-def test_splitting_the_rows_changes_nothing(cut: int, kind: str) -> None:
-    head, hidden, labels, targets = draw_head(1), draw_hidden(2, 23), draw_labels(3, 23), draw_targets(kind, 4, 23)
-    options = LossOptions(chunk=16)
-    whole, gradient = head_losses(head, hidden, labels, targets, options)
-    first, first_gradient = head_losses(head, hidden[:cut], labels[:cut], targets.rows(0, cut), options)
-    second, second_gradient = head_losses(head, hidden[cut:], labels[cut:], targets.rows(cut, 23), options)
-    assert [a + b for a, b in zip(values(first), values(second), strict=True)] == pytest.approx(values(whole), rel=1e-5)
-    joined = mx.concatenate([first_gradient, second_gradient])
-    np.testing.assert_allclose(np.array(joined), np.array(gradient), rtol=1e-4, atol=1e-6)
-
-
-@every_kind
-def test_the_chunk_changes_nothing_but_memory(kind: str) -> None:
-    head, hidden, labels, targets = draw_head(1), draw_hidden(2, 50), draw_labels(3, 50), draw_targets(kind, 4, 50)
-    small, small_gradient = head_losses(head, hidden, labels, targets, LossOptions(chunk=16))
-    large, large_gradient = head_losses(head, hidden, labels, targets, LossOptions(chunk=512))
-    assert values(small) == pytest.approx(values(large), rel=1e-5)
-    np.testing.assert_allclose(np.array(small_gradient), np.array(large_gradient), rtol=1e-4, atol=1e-6)
-
-
-def test_entries_of_weight_zero_change_nothing() -> None:
-    head, hidden, labels, targets = draw_head(1), draw_hidden(2, 9), draw_labels(3, 9), few_entries(4, 9)
-    padding = mx.zeros((9, 5))
-    padded = TokenTargets(
-        mx.concatenate([targets.ids, padding.astype(mx.int32)], axis=-1),
-        mx.concatenate([targets.weights, padding], axis=-1),
-        mx.concatenate([targets.logprobs, padding], axis=-1),
-    )
-    bare, bare_gradient = head_losses(head, hidden, labels, targets, LossOptions())
-    found, gradient = head_losses(head, hidden, labels, padded, LossOptions())
-    assert values(found) == pytest.approx(values(bare), rel=1e-6)
-    np.testing.assert_allclose(np.array(gradient), np.array(bare_gradient), rtol=1e-5, atol=1e-6)
-
-
-@every_kind
-def test_dense_losses_are_the_fast_path_with_another_way_to_the_gradient(kind: str) -> None:
-    head, hidden, labels, targets = draw_head(1), draw_hidden(2, 23), draw_labels(3, 23), draw_targets(kind, 4, 23)
-    options = LossOptions(temperature=3.0, alpha=0.4, chunk=16)
-    sums, gradient = head_losses(head, hidden, labels, targets, options)
-    dense = dense_losses(head(hidden), labels, targets, options)
-    dense_gradient = mx.grad(lambda states: dense_losses(head(states), labels, targets, options).total)(hidden)
-    assert values(sums) == pytest.approx(values(dense), rel=1e-5)
-    np.testing.assert_allclose(np.array(gradient), np.array(dense_gradient), rtol=1e-4, atol=1e-6)
-
-
-def test_dense_losses_give_the_head_its_gradient() -> None:
-    hidden, labels, targets = draw_hidden(2, 9), draw_labels(3, 9), few_entries(4, 9)
-    weight = np.array(draw_head(1).weight)
-    gradient = mx.grad(lambda w: dense_losses(hidden @ w.T, labels, targets, LossOptions()).total)(mx.array(weight))
-    ids, weights = np.array(targets.ids), np.array(targets.weights, dtype=np.float64)
-
-    def total(weight: np.ndarray) -> float:
-        logits = np.array(hidden, dtype=np.float64) @ weight.T
-        taken = np.take_along_axis(log_softmax(logits / 2.0), ids, axis=-1)
-        kd = 4.0 * (weights * (np.array(targets.logprobs, dtype=np.float64) - taken)).sum()
-        return 0.7 * kd + 0.3 * reference_ce(logits, np.array(labels)).sum()
-
-    some = np.s_[3:5, :4]
-
-    def total_of_some(part: np.ndarray) -> float:
-        changed = weight.astype(np.float64)
-        changed[some] = part
-        return total(changed)
-
-    np.testing.assert_allclose(np.array(gradient)[some], slope(total_of_some, weight[some]), rtol=1e-4, atol=1e-5)
+# The head -----------------------------------------------------------------------------------------------------------
 
 
 @every_kind
@@ -558,57 +590,176 @@ def test_a_quantised_head_passes_the_gradient_of_its_unpacked_weights(bits: int,
     packed = draw_head(1).to_quantized(group_size=32, bits=bits)
     assert isinstance(packed, nn.QuantizedLinear)
     unpacked = mx.dequantize(packed.weight, packed.scales, packed.biases, group_size=32, bits=bits)
-    hidden, labels, targets = draw_hidden(2, 23), draw_labels(3, 23), draw_targets(kind, 4, 23)
-    options = LossOptions(chunk=16)
-    sums, gradient = head_losses(packed, hidden, labels, targets, options)
-    expected, expected_gradient = head_losses(lambda states: states @ unpacked.T, hidden, labels, targets, options)
+    given = (draw_hidden(2, 23), draw_labels(3, 23), draw_targets(kind, 4, 23), draw_weights(5, 23), objective())
+    sums, gradient, _ = head_losses(packed, *given)
+    expected, expected_gradient, _ = head_losses(lambda states: states @ unpacked.T, *given)
     assert values(sums) == pytest.approx(values(expected), rel=1e-4)
     np.testing.assert_allclose(np.array(gradient), np.array(expected_gradient), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(("kind", "arrays"), [("entries", 12), ("hidden states", 18)])
-@pytest.mark.parametrize("training", [False, True], ids=["alone", "within a gradient, as in training"])
-def test_no_array_of_tokens_by_vocabulary_outlives_a_chunk(training: bool, kind: str, arrays: int) -> None:
-    """Of the 32 chunks, so many arrays of one chunk by the vocabulary are there at a time."""
-    rows, vocab = 1024, 2048
-    head = nn.Linear(WIDTH, vocab, bias=False)
-    hidden, labels, targets = draw_hidden(2, rows), draw_labels(3, rows), few_entries(4, rows)
-    mx.eval(head.parameters(), hidden, labels, targets.ids, targets.weights, targets.logprobs)
-    if kind == "hidden states":
-        targets = by_hidden_states(4, rows, id_map=np.arange(vocab, dtype=np.int32)[::-1].copy(), vocab=vocab)[0]
-        mx.eval(targets.hidden, targets.rows(0, 1).cross(mx.zeros((1, vocab))))
+@every_kind
+def test_half_precision_states_get_a_gradient_of_their_own_type(kind: str) -> None:
+    head, labels, targets, weights = draw_head(1), draw_labels(3, 23), draw_targets(kind, 4, 23), draw_weights(5, 23)
+    hidden = draw_hidden(2, 23).astype(mx.bfloat16)
+    head.weight = head.weight.astype(mx.bfloat16)
+    sums, gradient, _ = head_losses(head, hidden, labels, targets, weights, objective())
+    kd, ce = token_losses(head(hidden), labels, targets, objective())
+    assert gradient.dtype == mx.bfloat16
+    assert values(sums)[1:] == pytest.approx([mx.sum(weights * part).item() for part in (kd, ce)], rel=1e-4)
 
-    def objective(hidden: mx.array) -> tuple[mx.array, mx.array]:
-        sums, gradient = head_losses(head, mx.stop_gradient(hidden), labels, targets, LossOptions(chunk=32))
-        return mx.sum(hidden * mx.stop_gradient(gradient)), sums.total
 
+def lora() -> nn.Module:
+    layer = LoRALinear.from_base(draw_head(1), r=3, scale=2.0)
+    layer.lora_b = mx.array(draw_logits(9, *layer.lora_b.shape, scale=0.3))
+    layer.freeze()
+    layer.unfreeze(keys=["lora_a", "lora_b"])
+    return layer
+
+
+def quantised_lora() -> nn.Module:
+    layer = LoRALinear.from_base(draw_head(1).to_quantized(group_size=32, bits=8), r=3, scale=2.0)
+    layer.lora_b = mx.array(draw_logits(9, *layer.lora_b.shape, scale=0.3))
+    layer.freeze()
+    layer.unfreeze(keys=["lora_a", "lora_b"])
+    return layer
+
+
+def dora() -> nn.Module:
+    layer = DoRALinear.from_base(draw_head(1), r=3, scale=2.0)
+    layer.lora_b = mx.array(draw_logits(9, *layer.lora_b.shape, scale=0.3))
+    layer.freeze()
+    layer.unfreeze(keys=["lora_a", "lora_b", "m"])
+    return layer
+
+
+def biased() -> nn.Module:
+    layer = nn.Linear(WIDTH, VOCAB, bias=True)
+    layer.weight, layer.bias = draw_head(1).weight, mx.array(draw_logits(9, VOCAB))
+    return layer
+
+
+TRAINED: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
+    "linear": (lambda: draw_head(1), {"weight"}),
+    "linear with a bias": (biased, {"weight", "bias"}),
+    "lora": (lora, {"lora_a", "lora_b"}),
+    "lora on a quantised head": (quantised_lora, {"lora_a", "lora_b"}),
+    "dora": (dora, {"lora_a", "lora_b", "m"}),
+}
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+@pytest.mark.parametrize("case", [CASES["forward_kl"], CASES["jensen_shannon 0.5"]], ids=["forward KL", "JS"])
+@pytest.mark.parametrize("cap", [None, 3.0], ids=["plain", "soft-capped"])
+def test_the_gradient_of_a_trained_head_is_that_of_the_dense_loss(kind: str, case: Case, cap: float | None) -> None:
+    make, names = TRAINED[kind]
+    layer, rows, given = make(), 37, objective(case)
+    hidden, labels, weights = draw_hidden(2, rows), draw_labels(3, rows), mx.ones(rows)
+    targets, teacher = by_hidden_states(4, rows)
+    before = {name: np.array(value) for name, value in tree_flatten(layer.parameters())}
+
+    def head(states: mx.array) -> mx.array:
+        return layer(states) if cap is None else cap * mx.tanh(layer(states) / cap)
+
+    def dense() -> mx.array:
+        return dense_total(head(hidden), labels, mx.array(teacher.astype(np.float32)), given)[0]
+
+    _, expected = nn.value_and_grad(layer, dense)()
+    _, expected_states = mx.value_and_grad(
+        lambda states: dense_total(head(states), labels, mx.array(teacher.astype(np.float32)), given)[0]
+    )(hidden)
+    _, states, parameters = head_losses(head, hidden, labels, targets, weights, given, layer)
+    found = dict(tree_flatten(parameters))
+    assert set(found) == names
+    for name, value in tree_flatten(expected):
+        scale = np.abs(np.array(value)).max()
+        np.testing.assert_allclose(np.array(found[name]), np.array(value), rtol=1e-3, atol=1e-4 * scale, err_msg=name)
+    np.testing.assert_allclose(np.array(states), np.array(expected_states), rtol=1e-3, atol=1e-4)
+    after = dict(tree_flatten(layer.parameters()))
+    assert set(after) == set(before)
+    assert all((np.array(after[name]) == value).all() for name, value in before.items())
+
+
+def test_a_layer_without_trainable_parameters_has_no_gradient() -> None:
+    layer = draw_head(1)
+    layer.freeze()
+    given = (draw_hidden(2, 20), draw_labels(3, 20), few_entries(4, 20), mx.ones(20), objective())
+    assert tree_flatten(head_losses(layer, *given, layer)[2]) == []
+
+
+# Memory -------------------------------------------------------------------------------------------------------------
+
+
+def peak_of(compute: Callable[[], object]) -> int:
+    """Bytes that a computation takes beyond what is there already."""
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    mx.eval(mx.value_and_grad(objective)(hidden) if training else objective(hidden))
-    assert mx.get_peak_memory() - before < arrays * 32 * vocab * 4
+    mx.eval(compute())
+    return mx.get_peak_memory() - before
+
+
+ARRAYS = {"forward_kl": 16, "skewed_kl 0.1": 18, "total_variation": 18}
+"""Of one chunk by the vocabulary, with a teacher's hidden states; the divergences with two exponentials take 28."""
 
 
 @every_kind
-def test_half_precision_states_get_a_gradient_of_their_own_type(kind: str) -> None:
-    head, labels, targets = draw_head(1), draw_labels(3, 23), draw_targets(kind, 4, 23)
-    hidden = draw_hidden(2, 23).astype(mx.bfloat16)
-    head.weight = head.weight.astype(mx.bfloat16)
-    sums, gradient = head_losses(head, hidden, labels, targets, LossOptions(chunk=16))
-    logits = head(hidden).astype(mx.float32)
-    assert gradient.dtype == mx.bfloat16
-    assert values(sums) == pytest.approx(values(dense_losses(logits, labels, targets, LossOptions())), rel=1e-5)
+@pytest.mark.parametrize(
+    ("name", "training"),
+    [(name, True) for name in ("forward_kl", "reverse_kl", "jensen_shannon 0.5", "skewed_kl 0.1", "total_variation")]
+    + [("forward_kl", False)],
+)
+def test_no_array_of_tokens_by_vocabulary_outlives_a_chunk(name: str, training: bool, kind: str) -> None:
+    """Of the 32 chunks, so many arrays of one chunk by the vocabulary are there at a time."""
+    rows, vocab = 1024, 2048
+    head = nn.Linear(WIDTH, vocab, bias=False)
+    hidden, labels, targets, weights = draw_hidden(2, rows), draw_labels(3, rows), few_entries(4, rows), mx.ones(rows)
+    if kind == "hidden states":
+        targets = by_hidden_states(4, rows, id_map=np.arange(vocab, dtype=np.int32)[::-1].copy(), vocab=vocab)[0]
+    given = objective(CASES[name], chunk=32)
+    mx.eval(head.parameters(), hidden, labels, weights, targets.arrays)
+    mx.eval(token_losses(head(hidden[:1]), labels[:1], targets.rows(0, 1), given))
+
+    def surrogate(hidden: mx.array) -> tuple[mx.array, mx.array]:
+        sums, gradient, _ = head_losses(head, mx.stop_gradient(hidden), labels, targets, weights, given)
+        return mx.sum(hidden * mx.stop_gradient(gradient)), sums.total
+
+    peak = peak_of(lambda: mx.value_and_grad(surrogate)(hidden) if training else surrogate(hidden))
+    assert peak < (10 if kind == "entries" else ARRAYS.get(name, 28)) * 32 * vocab * 4
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "jensen_shannon 0.5"])
+def test_of_a_large_vocabulary_not_a_quarter_of_the_logits_is_in_memory(name: str) -> None:
+    rows, vocab, width = 1024, 60_000, 16
+    head, hidden = nn.Linear(width, vocab, bias=False), draw_hidden(2, rows)[:, :width]
+    labels, targets, weights = draw_labels(3, rows), few_entries(4, rows), mx.ones(rows)
+    mx.eval(head.parameters(), hidden, labels, weights, targets.arrays)
+    peak = peak_of(lambda: head_losses(head, hidden, labels, targets, weights, objective(CASES[name]))[1])
+    assert peak < rows * vocab * 4 / 4
+
+
+# Options ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "bad",
     [
+        {"divergence": "kl"},
+        {"divergence": "forward-kl"},
         {"temperature": 0.49},
         {"temperature": 10.01},
         {"temperature": "2"},
+        {"temperature_end": 0.4},
+        {"temperature_end": 11.0},
         {"alpha": -0.01},
         {"alpha": 1.01},
         {"alpha": float("nan")},
         {"alpha": True},
+        {"alpha_end": -0.01},
+        {"alpha_end": 1.01},
+        {"beta": 0.0},
+        {"beta": 1.0},
+        {"skew": 0.0},
+        {"skew": 1.0},
+        {"weigh_by": "length"},
         {"chunk": 0},
         {"chunk": 16.0},
         {"temprature": 2.0},
@@ -628,5 +779,96 @@ def test_a_chunk_of_fewer_than_16_tokens_is_refused() -> None:
 def test_the_bounds_of_loss_options_are_allowed() -> None:
     for temperature in (0.5, 10.0):
         for alpha in (0.0, 1.0):
-            options = LossOptions(temperature=temperature, alpha=alpha)
+            options = LossOptions(temperature=temperature, alpha=alpha, beta=0.01, skew=0.99)
             assert (options.temperature, options.alpha) == (temperature, alpha)
+
+
+@pytest.mark.parametrize("name", sorted({case.name for case in CASES.values()}))
+def test_the_options_choose_the_divergence_with_its_parameters(name: str) -> None:
+    found = LossOptions(divergence=name, beta=0.3, skew=0.4).final.divergence
+    if name == "jensen_shannon":
+        assert found == JensenShannon(0.3)
+    elif name.startswith("skewed"):
+        assert found in (SkewedKL(0.4), SkewedReverseKL(0.4))
+    assert type(found) is type(next(case for case in CASES.values() if case.name == name).divergence)
+
+
+def test_without_any_option_it_is_hintons_loss() -> None:
+    final = LossOptions().final
+    assert (final.divergence, final.temperature, final.alpha, final.chunk) == (ForwardKL(), 2.0, 0.7, None)
+    assert LossOptions().weigh_by == "none"
+
+
+def test_what_has_no_end_stays() -> None:
+    options = LossOptions(temperature=3.0, alpha=0.4)
+    assert options.at(0.0) == options.at(0.37) == options.at(1.0) == options.final
+    assert options.hottest == 3.0
+
+
+def test_temperature_and_alpha_go_along_a_line_to_their_ends() -> None:
+    options = LossOptions(temperature=4.0, temperature_end=1.0, alpha=0.25, alpha_end=0.75)
+    found = [(options.at(progress).temperature, options.at(progress).alpha) for progress in (0.0, 0.5, 1.0)]
+    assert found == [(4.0, 0.25), (2.5, 0.5), (1.0, 0.75)]
+    assert options.final == options.at(1.0)
+
+
+bounds_of_alpha, bounds_of_temperature = st.floats(0.0, 1.0), st.floats(0.5, 10.0)
+
+
+@checked_often
+@given(
+    start=bounds_of_temperature,
+    end=bounds_of_temperature,
+    alpha=bounds_of_alpha,
+    alpha_end=bounds_of_alpha,
+    progress=st.floats(0.0, 1.0),
+)
+def test_no_step_is_hotter_than_the_hottest(start, end, alpha, alpha_end, progress) -> None:
+    options = LossOptions(temperature=start, temperature_end=end, alpha=alpha, alpha_end=alpha_end)
+    found = options.at(progress)
+    assert options.hottest == max(start, end)
+    assert min(start, end) * (1 - 1e-12) <= found.temperature <= options.hottest * (1 + 1e-12)
+    assert min(alpha, alpha_end) - 1e-12 <= found.alpha <= max(alpha, alpha_end) + 1e-12
+
+
+@pytest.mark.parametrize(
+    ("start", "end"),
+    [(4.0, 1.0), (2.0, 3.7), (1.6, 0.6)],
+)
+def test_the_run_begins_and_ends_on_the_numbers_that_were_given(start: float, end: float) -> None:
+    options = LossOptions(temperature=start, temperature_end=end)
+    assert (options.at(0.0).temperature, options.final.temperature) == (start, end)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "alpha_end", "distils"),
+    [(0.0, None, False), (0.0, 0.0, False), (0.0, 0.1, True), (0.1, 0.0, True), (0.7, None, True), (1.0, 0.5, True)],
+)
+def test_a_run_distils_unless_alpha_stays_at_zero(alpha: float, alpha_end: float | None, distils: bool) -> None:
+    assert LossOptions(alpha=alpha, alpha_end=alpha_end).distils is distils
+
+
+def test_a_config_has_the_keys_of_the_losses(tmp_path: Path) -> None:
+    path = tmp_path / "base.yaml"
+    written = {
+        "divergence": "jensen_shannon",
+        "temperature": 3.0,
+        "temperature_end": 1.0,
+        "alpha": 0.2,
+        "alpha_end": 0.9,
+        "beta": 0.25,
+        "skew": 0.3,
+        "weigh_by": "certainty",
+        "chunk": 64,
+    }
+    path.write_text("losses:\n" + "".join(f"  {key}: {value}\n" for key, value in written.items()))
+    found = load_config(path, None, []).losses
+    assert found == LossOptions(**written)
+    assert set(written) == set(LossOptions.model_fields)
+
+
+def test_a_divergence_that_is_misspelt_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    path = tmp_path / "base.yaml"
+    path.write_text("losses:\n  divergence: jensen_shanon\n")
+    with pytest.raises(ConfigError, match=r"base\.yaml:2 losses\.divergence.*jensen_shannon"):
+        load_config(path, None, [])

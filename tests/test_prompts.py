@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,36 @@ def test_tools_and_answer_are_kept(tmp_path: Path) -> None:
     assert prompt.answer == "42"
 
 
+REWARDED = [
+    {"messages": [USER, REPLY]},
+    {"messages": [USER]},
+    {"prompt": "Hi", "completion": "Hello."},
+    {"prompt": [USER]},
+    {"text": "Once upon a time"},
+]
+
+
+@pytest.mark.parametrize("record", REWARDED, ids=str)
+@pytest.mark.parametrize("reward", [0, 1, 0.25, 1e-9, 12345678])
+def test_a_reward_is_kept_as_a_number_in_every_form(tmp_path: Path, record: dict, reward: float) -> None:
+    with_reward, without = load(tmp_path, {**record, "reward": reward}, record)
+    assert with_reward.reward == reward
+    assert isinstance(with_reward.reward, float)
+    assert without.reward is None
+    assert replace(with_reward, reward=None, where=without.where) == without
+    assert from_records([{**record, "reward": reward}])[0].reward == reward
+
+
+def test_a_reward_of_null_is_none(tmp_path: Path) -> None:
+    assert load(tmp_path, {"prompt": "Hi", "reward": None})[0].reward is None
+
+
+@pytest.mark.parametrize("reward", [float("nan"), float("inf"), -0.5, "1", True, [1.0]], ids=str)
+def test_a_reward_that_is_no_weight_is_refused_in_records_too(reward: object) -> None:
+    with pytest.raises(PromptError, match=r"train_prompts\[0\]: .*, expected .*\.$"):
+        from_records([{"prompt": "Hi", "reward": reward}])
+
+
 def test_null_means_absent(tmp_path: Path) -> None:
     (prompt,) = load(tmp_path, {"messages": None, "prompt": "Hi", "completion": None, "tools": None, "answer": None})
     assert prompt == Prompt(where=prompt.where, messages=({"role": "user", "content": "Hi"},))
@@ -132,6 +163,34 @@ def test_identity_tells_prompts_apart_by_all_but_their_place() -> None:
     assert len({first.identity(), *(prompt.identity() for prompt in from_records(variants))}) == 5
 
 
+def test_a_reward_is_part_of_the_identity_and_its_absence_is_not() -> None:
+    record = {"messages": [USER, REPLY], "tools": TOOLS, "answer": "1"}
+    plain, null, one, two = (
+        prompt.identity()
+        for prompt in from_records(
+            [record, {**record, "reward": None}, {**record, "reward": 1}, {**record, "reward": 2}]
+        )
+    )
+    assert plain == null
+    assert len({plain, one, two}) == 3
+    assert list(json.loads(plain)) == ["messages", "text", "tools", "completion", "answer"]
+
+
+@pytest.mark.parametrize(
+    ("record", "identity"),
+    [
+        (
+            {"prompt": "Hi", "completion": "Hello."},
+            '{"messages":[{"role":"user","content":"Hi"}],"text":null,"tools":null,'
+            '"completion":{"role":"assistant","content":"Hello."},"answer":null}',
+        ),
+        ({"text": "Hi"}, '{"messages":null,"text":"Hi","tools":null,"completion":null,"answer":null}'),
+    ],
+)
+def test_the_identity_of_a_prompt_without_a_reward_is_what_fingerprints_were_made_of(record, identity) -> None:
+    assert from_records([record])[0].identity() == identity
+
+
 def test_identity_keeps_the_order_of_keys_that_templates_print() -> None:
     tools = ({"a": 1, "b": 2}, {"b": 2, "a": 1})
     one, other = from_records([{"prompt": "x", "tools": [tool]} for tool in tools])
@@ -148,7 +207,7 @@ BAD_LINES = [
     ("{}", ":2:1: no prompt, expected 'messages', 'prompt' or 'text'. Add one of them."),
     ('{"prompt": null}', ":2:1: no prompt, expected"),
     ('{"text": "a", "prompt": "b"}', ":2:2: 'text' together with 'prompt', expected"),
-    ('{"text": "a", "tools": [{}]}', ":2:15: 'tools' together with 'text', expected nothing beside it. Remove"),
+    ('{"text": "a", "tools": [{}]}', ":2:15: 'tools' together with 'text', expected 'reward' beside it. Remove"),
     ('{"messages": [{"role": "user", "content": "a"}], "completion": "b"}', ":2:50: 'completion' together with"),
     ('{"prompt": 3}', ":2:2: prompt: a number, expected a string. Put it in quotes."),
     ('{"prompt": " "}', ":2:2: prompt: empty, expected text. Write it"),
@@ -156,6 +215,15 @@ BAD_LINES = [
     ('{"prompt": "a", "completion": ["b"]}', ":2:17: completion: a list, expected a string"),
     ('{"prompt": "a", "completion": ""}', ":2:17: completion: empty"),
     ('{"prompt": "a", "answer": 42}', ":2:17: answer: a number, expected a string"),
+    ('{"prompt": "a", "reward": "1"}', ":2:17: reward: a string, expected a number. Write one without quotes."),
+    ('{"prompt": "a", "reward": true}', ":2:17: reward: a boolean, expected a number"),
+    ('{"prompt": "a", "reward": [1]}', ":2:17: reward: a list, expected a number"),
+    ('{"prompt": "a", "reward": -1}', ":2:17: reward: -1, expected a number from 0"),
+    ('{"text": "a", "reward": -0.5}', ":2:15: reward: -0.5, expected a number from 0"),
+    ('{"prompt": "a", "reward": NaN}', ":2:27: 'NaN', expected a finite number"),
+    ('{"prompt": "a", "reward": Infinity}', ":2:27: 'Infinity', expected a finite number"),
+    ('{"prompt": "a", "reward": 1e999}', ":2:27: '1e999', expected a finite number"),
+    ('{"prompt": "a", "rewrd": 1}', "'rewrd': unknown key; did you mean 'reward'?"),
     ('{"prompt": "a", "tools": {}}', ":2:17: tools: an object, expected a list of objects"),
     ('{"prompt": "a", "tools": ["b"]}', ":2:17: tools: a list, expected a list of objects"),
     ('{"messages": "a"}', ":2:2: messages: a string, expected a list of messages"),
@@ -345,7 +413,7 @@ def well_formed(prompt: Prompt) -> bool:
     return (prompt.messages is None) != (prompt.text is None) and bool(prompt.identity().encode("utf-8"))
 
 
-json_keys = ["messages", "prompt", "completion", "text", "tools", "answer", "role", "content", "tool_calls"]
+json_keys = ["messages", "prompt", "completion", "text", "tools", "answer", "reward", "role", "content", "tool_calls"]
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["user", "\ud800"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(json_keys), inner, max_size=4),

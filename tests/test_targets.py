@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from true_kd.errors import ModelError
-from true_kd.losses import TokenTargets, compute_kd_loss, target_kd
+from true_kd.losses import ForwardKL, Objective, TokenTargets, compute_kd_loss, head_losses, token_losses
 from true_kd.shards import CachedReply, pack_replies, unpack_replies
 from true_kd.targets import (
     HiddenTargets,
@@ -137,11 +137,28 @@ def padded(targets: SparseTargets, temperature: float) -> TokenTargets:
     counts = np.diff(targets.offsets)
     filled = np.arange(counts.max())[None] < counts[:, None]
     arrays = []
-    for values, dtype in ((targets.ids, np.int32), (weights, np.float32), (logprobs, np.float32)):
+    parts = ((targets.ids, np.int32), (weights, np.float32), (logprobs, np.float32), (targets.exact, np.bool_))
+    for values, dtype in parts:
         array = np.zeros(filled.shape, dtype=dtype)
         array[filled] = values
         arrays.append(mx.array(array))
     return TokenTargets(*arrays)
+
+
+def kl_of(student: np.ndarray, targets: TokenTargets, temperature: float) -> np.ndarray:
+    """T^2 * KL of each token."""
+    labels = mx.zeros(len(student), dtype=mx.int32)
+    objective = Objective(ForwardKL(), temperature, 1.0, None)
+    return np.array(token_losses(mx.array(student), labels, targets, objective)[0])
+
+
+def mean_slope(student: np.ndarray, targets: TokenTargets, temperature: float) -> np.ndarray:
+    """Derivative of the KL with respect to the student's softened logits, the mean over the tokens."""
+    rows = len(targets.ids)
+    logits, labels = mx.array(np.repeat(student, rows, axis=0)), mx.zeros(rows, dtype=mx.int32)
+    objective = Objective(ForwardKL(), temperature, 1.0, None)
+    _, slope, _ = head_losses(lambda states: states, logits, labels, targets, mx.ones(rows), objective)
+    return np.array(slope).mean(axis=0) / temperature
 
 
 def half_steps(logprobs: np.ndarray, exact: np.ndarray | bool = True) -> np.ndarray:
@@ -476,8 +493,7 @@ def test_more_draws_come_nearer_at_a_temperature_the_sample_was_not_drawn_for(dr
 def test_the_sparse_kl_averaged_over_the_uniforms_is_the_dense_kl(draw_temperature: float, temperature: float) -> None:
     teacher, student = draw_logits(7, 1, scale=1.5), draw_logits(8, 1, scale=1.5)
     targets = compress_one(teacher, kept(0.04, draw_temperature), label=3, uniforms=even_uniforms(1500))
-    students = mx.array(np.repeat(student, 1500, axis=0))
-    sparse = np.array(target_kd(students, padded(targets, temperature), temperature))
+    sparse = kl_of(np.repeat(student, 1500, axis=0), padded(targets, temperature), temperature)
     dense = compute_kd_loss(mx.array(teacher), mx.array(student), temperature).item()
     assert sparse.std() > 0
     assert sparse.mean() == pytest.approx(dense, rel=0.05)
@@ -495,9 +511,8 @@ def test_the_sparse_gradient_averaged_over_the_uniforms_is_the_dense_gradient(
     errors = []
     for count in (1, 1000):
         targets = compress_one(teacher, kept(0.03, draw_temperature), label=3, uniforms=even_uniforms(count))
-        probabilities = mx.array(np.repeat(softened(student, temperature), count, axis=0).astype(np.float32))
-        slope = np.array(padded(targets, temperature).slope(probabilities))
-        errors.append(np.linalg.norm(slope.mean(axis=0) - dense) / np.linalg.norm(dense))
+        slope = mean_slope(student, padded(targets, temperature), temperature)
+        errors.append(np.linalg.norm(slope - dense) / np.linalg.norm(dense))
     assert errors[1] < (0.02 if temperature == draw_temperature else 0.05)
     assert errors[1] < errors[0] / 5
 
@@ -508,10 +523,9 @@ def test_the_gradient_of_the_exact_ids_alone_would_be_biased() -> None:
     with_tail = padded(targets, 2.0)
     exact = padded(replace(targets, ids=np.where(targets.exact, targets.ids, -1)), 2.0)
     top = exact.weights / mx.sum(exact.weights, axis=-1, keepdims=True)
-    top_k = TokenTargets(mx.maximum(exact.ids, 0), top, exact.logprobs)
-    probabilities = mx.array(np.repeat(softened(student, 2.0), 500, axis=0).astype(np.float32))
+    top_k = TokenTargets(mx.maximum(exact.ids, 0), top, exact.logprobs, exact.exact)
     dense = softened(student, 2.0)[0] - softened(teacher, 2.0)[0]
-    unbiased, biased = (np.array(each.slope(probabilities)).mean(axis=0) for each in (with_tail, top_k))
+    unbiased, biased = (mean_slope(student, each, 2.0) for each in (with_tail, top_k))
     assert np.linalg.norm(unbiased - dense) < 0.02 * np.linalg.norm(dense)
     assert np.linalg.norm(biased - dense) > np.linalg.norm(dense)
 
@@ -1019,6 +1033,61 @@ def test_on_average_as_many_entries_are_kept_as_counted(draw_temperature: float)
     assert entries.mean() == pytest.approx(counted.mean(), rel=0.03)
 
 
+# Entropy ------------------------------------------------------------------------------------------------------------
+
+
+def entropy_of(logits: np.ndarray) -> np.ndarray:
+    """Of the teacher's distribution at temperature 1, float64 nats."""
+    p = softened(logits, 1.0)
+    return -np.where(p > 0, p * np.log(np.where(p > 0, p, 1.0)), 0.0).sum(axis=-1)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 2.0, 6.0])
+def test_where_every_id_is_kept_the_entropy_is_that_of_the_dense_distribution(scale: float) -> None:
+    logits = draw_logits(1, 50, scale=scale)
+    found = compress(logits, ALL_EXACT).entropies
+    assert found.shape == (50,)
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, entropy_of(logits), rtol=0.03, atol=0.02)
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 2.5])
+@every_draw_temperature
+def test_averaged_over_the_uniforms_the_entropy_is_that_of_the_dense_distribution(
+    draw_temperature: float, scale: float
+) -> None:
+    logits, labels = draw_logits(7, 1, vocab=WIDE, scale=scale), 3
+    targets = compress_one(logits, kept(0.1, draw_temperature), label=labels, uniforms=even_uniforms(500))
+    assert targets.tail_mass(1.0)[0] > 0.1
+    assert targets.entropies.std() > 0
+    # A flat teacher's ids share one code of a drawn log-probability, which reweighs them all by the same error.
+    rounding = 0.02 if draw_temperature == 1.0 else 0.06
+    assert targets.entropies.mean() == pytest.approx(entropy_of(logits)[0], rel=rounding)
+
+
+@pytest.mark.parametrize("draw_temperature", [1.0, 2.0])
+def test_over_many_teachers_the_entropy_has_no_bias(draw_temperature: float) -> None:
+    logits = draw_logits(1, 2000, vocab=WIDE, scale=1.5)
+    errors = compress(logits, kept(0.1, draw_temperature)).entropies - entropy_of(logits)
+    noise = errors.std() / np.sqrt(len(errors))
+    assert noise < 0.02
+    # Six bits of a drawn log-probability and ten of the tail leave some thousandths.
+    assert abs(errors.mean()) < 4 * noise + 0.015
+
+
+def test_a_teacher_that_is_certain_has_no_entropy() -> None:
+    logits = np.full((2, VOCAB), -np.inf, dtype=np.float32)
+    logits[:, 4] = 0.0
+    targets = compress(logits, kept(), labels=np.array([4, 7], dtype=np.int32))
+    np.testing.assert_allclose(targets.entropies, 0.0, atol=1e-6)
+
+
+def test_taken_tokens_keep_their_entropies() -> None:
+    targets = compress(draw_logits(1, 10), kept())
+    np.testing.assert_array_equal(targets.take(np.array([7, 2])).entropies, targets.entropies[[7, 2]])
+    assert targets.first(0).entropies.shape == (0,)
+
+
 # Taking apart and putting together ----------------------------------------------------------------------------------
 
 
@@ -1196,6 +1265,26 @@ def test_one_map_gives_one_head() -> None:
     targets, _ = hidden_targets()
     id_map = half_of_the_ids()
     assert targets.first(2).with_ids(id_map).head is targets.take(np.array([5])).with_ids(id_map).head
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 65, 200])
+def test_the_entropy_of_hidden_states_is_that_of_their_logits(tokens: int) -> None:
+    targets, logits = hidden_targets(tokens)
+    assert targets.entropies.dtype == np.float64
+    np.testing.assert_allclose(targets.entropies, entropy_of(logits), rtol=1e-4)
+
+
+def test_hidden_states_of_no_token_have_no_entropy() -> None:
+    assert hidden_targets()[0].first(0).entropies.shape == (0,)
+
+
+def test_what_has_no_id_adds_no_entropy() -> None:
+    targets, logits = hidden_targets()
+    p = softened(logits, 1.0)[:, ::2]
+    expected = -(p * np.log(p)).sum(axis=-1)
+    np.testing.assert_allclose(targets.with_ids(half_of_the_ids()).entropies, expected, rtol=1e-4)
+    sparse = compress(logits.astype(np.float32), ALL_EXACT).with_ids(half_of_the_ids())
+    np.testing.assert_allclose(sparse.entropies, expected, rtol=0.03, atol=0.02)
 
 
 def test_without_a_head_the_states_can_still_be_mapped_and_taken_apart() -> None:

@@ -15,6 +15,7 @@ from true_kd.reporting import DataCounts
 from true_kd.shards import CachedReply
 from true_kd.targets import TeacherHead
 from true_kd.vocabulary import VocabularyMap
+from true_kd.weighting import weigh_tokens
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,12 @@ def build_data(job: Job, student: LanguageModel) -> DomainData:
         cache_bytes=targets.cache.size(keys),
         cache_tokens=targets.cache.stored_tokens(keys),
     )
-    return DomainData(examples["train"], examples["valid"], checkable, counts)
+    train = weigh_tokens(examples["train"], splits["train"].used, config.losses.weigh_by)
+    return DomainData(train, examples["valid"], checkable, counts)
 
 
 class _Split:
-    """Training or validation prompts; counts what `examples` had to cut or leave out."""
+    """Training or validation prompts; notes which `examples` used, and counts what it had to cut or leave out."""
 
     def __init__(self, prompts: Sequence[Prompt], asked: Sequence[TeacherPrompt]) -> None:
         self.prompts = prompts
@@ -82,6 +84,7 @@ class _Split:
         self.truncated = 0
         self.too_long = 0
         self.unwritable = 0
+        self.used: list[Prompt] = []
 
     def examples(self, replies: dict[str, CachedReply], student: LanguageModel, job: Job) -> list[Example]:
         limit = job.config.training.max_seq_length
@@ -95,6 +98,7 @@ class _Split:
                 self.too_long += reply is not None
                 continue
             self.truncated += len(example.response) < len(reply.tokens)
+            self.used.append(prompt)
             found.append(example)
         return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,7 +13,7 @@ from pydantic import Field
 
 from true_kd.batching import collate
 from true_kd.examples import Example, render
-from true_kd.losses import LossOptions, label_ce, target_kd
+from true_kd.losses import ForwardKL, Objective, chunks, token_losses
 from true_kd.models import LanguageModel, ModelTokenizer, SamplingOptions, generate_replies, split_head
 from true_kd.options import Options
 from true_kd.prompts import Prompt
@@ -35,7 +35,7 @@ class EvalMetrics:
     loss: float
     """The training objective, nats."""
     kd: float
-    """T^2 * KL(teacher || student) at the loss temperature, nats."""
+    """T^2 times the divergence at the loss temperature, nats."""
     ce: float
     """Cross-entropy on the teacher's text, nats per token; exp of it is the perplexity."""
     kl: float
@@ -45,32 +45,30 @@ class EvalMetrics:
     tokens: int
 
 
-def evaluate(student: nn.Module, examples: Sequence[Example], losses: LossOptions, batch_size: int) -> EvalMetrics:
+def evaluate(student: nn.Module, examples: Sequence[Example], objective: Objective, batch_size: int) -> EvalMetrics:
     """Measure a model on examples. Leaves it in evaluation mode."""
     student.eval()
     split = split_head(student)
     sums = np.zeros(4)
     order = sorted(range(len(examples)), key=lambda index: len(examples[index]))
+    plainly = replace(objective, divergence=ForwardKL(), temperature=1.0)
     for start in range(0, len(order), batch_size):
         group = [examples[index] for index in order[start : start + batch_size]]
-        soft, plain = collate(group, losses.temperature), collate(group, 1.0)
+        soft, plain = collate(group, objective.temperature), collate(group, 1.0)
         states = split.states_at(soft.tokens, soft.rows)
-        for at in range(0, len(states), losses.chunk):
-            rows = slice(at, min(at + losses.chunk, len(states)))
-            logits = split.head(states[rows])
+        for rows in chunks(split.head, states, objective):
+            logits, labels = split.head(states[rows]), soft.labels[rows]
             teacher = plain.targets.rows(rows.start, rows.stop)
-            parts = (
-                mx.sum(target_kd(logits, soft.targets.rows(rows.start, rows.stop), losses.temperature)),
-                mx.sum(label_ce(logits, soft.labels[rows])),
-                mx.sum(target_kd(logits, teacher, 1.0)),
-                mx.sum(mx.argmax(logits, axis=-1) == teacher.best()),
-            )
+            kd, ce = token_losses(logits, labels, soft.targets.rows(rows.start, rows.stop), objective)
+            kl, _ = token_losses(logits, labels, teacher, plainly)
+            agreement = mx.argmax(logits, axis=-1) == teacher.best()
+            parts = [mx.sum(part) for part in (kd, ce, kl, agreement)]
+            mx.eval(parts)
             sums += [part.item() for part in parts]
     tokens = sum(len(example.kept) for example in examples)
     kd, ce, kl, agreement = (float(value) for value in sums / tokens)
-    return EvalMetrics(
-        loss=losses.alpha * kd + (1 - losses.alpha) * ce, kd=kd, ce=ce, kl=kl, top1_agreement=agreement, tokens=tokens
-    )
+    loss = objective.alpha * kd + (1 - objective.alpha) * ce
+    return EvalMetrics(loss=loss, kd=kd, ce=ce, kl=kl, top1_agreement=agreement, tokens=tokens)
 
 
 def exact_match(

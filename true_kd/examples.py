@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from true_kd.errors import InputError
 from true_kd.prompts import Prompt
@@ -37,6 +37,8 @@ class Example:
     targets: TeacherTargets
     kept: Int[np.ndarray, " counted"]
     """Positions in the response that count, ascending: all, unless the cache keeps a share of them."""
+    weights: Float[np.ndarray, " counted"]
+    """What each token that counts weighs in the loss, 1 on average over the training data."""
     where: str
 
     @property
@@ -181,5 +183,6 @@ def make_example(
         np.asarray(response[:room], dtype=np.int32),
         targets.first(len(kept)),
         kept,
+        np.ones(len(kept), dtype=np.float32),
         where,
     )

@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 
 from true_kd.batching import Batch, collate
 from true_kd.examples import Example
-from true_kd.losses import LossOptions, target_kd
+from true_kd.losses import ForwardKL, Objective, chunks, token_losses
 from true_kd.models import Split, split_head
 from true_kd.options import Fraction, Options, PositiveInt
 from true_kd.targets import SparseTargets
@@ -87,7 +87,7 @@ class Fidelity:
 def certify(
     student: nn.Module,
     examples: Sequence[Example],
-    losses: LossOptions,
+    objective: Objective,
     batch_size: int,
     options: FidelityOptions,
     cache_bytes: int,
@@ -95,36 +95,39 @@ def certify(
 ) -> Fidelity:
     """Measure the targets of the first held-out examples with a student whose adapter is in place.
 
-    `cache_bytes` and `cache_tokens` are those of the domain's cache files. Leaves the student in evaluation mode.
+    `cache_bytes` and `cache_tokens` are those of the domain's cache files. A divergence that no sample can give is
+    stood for by forward KL. Leaves the student in evaluation mode.
     """
     chosen: list[Example] = []
     while len(chosen) < len(examples) and sum(len(example.kept) for example in chosen) < options.tokens:
         chosen.append(examples[len(chosen)])
     student.eval()
-    distilling = losses.model_copy(update={"alpha": 1.0})
+    divergence = objective.divergence if objective.divergence.sampled else ForwardKL()
+    objective = replace(objective, divergence=divergence, alpha=1.0)
+    temperature = objective.temperature
     tokens = sum(len(example.kept) for example in chosen)
     signal, noise, squares = 0.0, 0.0, 0.0
-    tails = [_tail_mass(example, losses.temperature) for example in chosen]
+    tails = [_tail_mass(example, temperature) for example in chosen]
     if isinstance(chosen[0].targets, SparseTargets):
         rng = np.random.default_rng(0)
         groups = [chosen[at : at + batch_size] for at in range(0, len(chosen), batch_size)]
-        whole = [collate(group, losses.temperature) for group in groups]
-        flipped = [collate(group, losses.temperature, lambda *given: _flip(*given, rng)) for group in groups]
+        whole = [collate(group, temperature) for group in groups]
+        flipped = [collate(group, temperature, lambda *given: _flip(*given, rng)) for group in groups]
         split = split_head(student)
-        signal = _square_norm(student, split, whole, distilling, tokens)
-        noise = _square_norm(student, split, flipped, distilling, tokens)
-        squares = sum(_square_sum(split, batch, losses) for batch in flipped)
-    seen = _drawn_share(chosen, losses.temperature, tails)
+        signal = _square_norm(student, whole, objective, tokens)
+        noise = _square_norm(student, flipped, objective, tokens)
+        squares = sum(_square_sum(split, batch, objective) for batch in flipped)
+    seen = _drawn_share(chosen, temperature, tails)
     places = [
         Position(example.where, int(example.kept[at]), float(mass))
         for example, masses in zip(chosen, tails, strict=True)
         for at, mass in enumerate(masses)
     ]
     return Fidelity(
-        temperature=losses.temperature,
+        temperature=temperature,
         tokens=tokens,
         tail_mass=float(np.mean(np.concatenate(tails))),
-        kl_floor=max(math.sqrt(squares) / tokens, losses.temperature**2 * (1.0 - seen)),
+        kl_floor=max(math.sqrt(squares) / tokens, temperature**2 * (1.0 - seen)),
         cosine=seen * (math.sqrt(max(0.0, 1.0 - noise / signal)) if signal > 0 else 1.0),
         worst=tuple(sorted(places, key=lambda place: -place.tail_mass)[:3]),
         bytes_per_token=cache_bytes / cache_tokens,
@@ -161,24 +164,26 @@ def _flip(targets: SparseTargets, temperature: float, rng: np.random.Generator) 
     """
     weights, logprobs = targets.at_temperature(temperature)
     drawn = np.cumsum(~targets.exact)
-    start = rng.integers(0, 2, len(targets))[targets.rows]
+    # Counted within the row: how examples are batched changes nothing.
+    drawn -= drawn[targets.offsets[:-1]][targets.rows]
+    start = (rng.random(len(targets)) < 0.5)[targets.rows]
     signs = np.where((drawn + start) % 2 == 0, 1.0, -1.0)
     # An id that was nearly sure to be drawn is hardly chance: its weight varies by the square root of 1 - probability.
     return (signs * weights * np.sqrt(1.0 - targets.drawn_chance)).astype(np.float32), logprobs
 
 
-def _square_norm(student: nn.Module, split: Split, batches: Sequence[Batch], losses: LossOptions, tokens: int) -> float:
+def _square_norm(student: nn.Module, batches: Sequence[Batch], objective: Objective, tokens: int) -> float:
     """Squared norm of the mean KD gradient over the batches with respect to the adapter."""
-    _, gradient = sum_gradients(student, split, batches, losses, tokens)
+    _, gradient = sum_gradients(student, batches, objective, tokens)
     return sum(float(mx.sum(mx.square(leaf.astype(mx.float32)))) for _, leaf in tree_flatten(gradient))
 
 
-def _square_sum(split: Split, batch: Batch, losses: LossOptions) -> float:
-    """Sum over tokens of their squared contribution to T^2 KL."""
+def _square_sum(split: Split, batch: Batch, objective: Objective) -> float:
+    """Sum over tokens of their squared contribution to T^2 times the divergence."""
     states = split.states_at(batch.tokens, batch.rows)
     total = 0.0
-    for at in range(0, len(states), losses.chunk):
-        rows = slice(at, min(at + losses.chunk, len(states)))
-        terms = target_kd(split.head(states[rows]), batch.targets.rows(rows.start, rows.stop), losses.temperature)
-        total += float(mx.sum(mx.square(terms)))
+    for rows in chunks(split.head, states, objective):
+        targets = batch.targets.rows(rows.start, rows.stop)
+        kd, _ = token_losses(split.head(states[rows]), batch.labels[rows], targets, objective)
+        total += float(mx.sum(mx.square(kd)))
     return total

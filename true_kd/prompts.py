@@ -32,11 +32,11 @@ SYSTEM_FILE = "system.md"
 _SUFFIXES = (".jsonl", ".txt")
 _DOMAIN_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _KEYS_BESIDE = {
-    "messages": ("tools", "answer"),
-    "prompt": ("completion", "tools", "answer"),
-    "text": (),
+    "messages": ("tools", "answer", "reward"),
+    "prompt": ("completion", "tools", "answer", "reward"),
+    "text": ("reward",),
 }
-_KNOWN_KEYS = ("messages", "prompt", "completion", "text", "tools", "answer")
+_KNOWN_KEYS = ("messages", "prompt", "completion", "text", "tools", "answer", "reward")
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class Prompt:
     """The assistant message that the teacher scores; None when the teacher writes it."""
     answer: str | None = None
     """The checkable answer of a held-out task."""
+    reward: float | None = None
+    """What the tokens of the reply weigh in the loss where `losses.weigh_by` is reward."""
 
     def identity(self) -> str:
         """Everything but `where` as one line of JSON, for fingerprints.
@@ -68,6 +70,7 @@ class Prompt:
             "tools": self.tools,
             "completion": self.completion,
             "answer": self.answer,
+            **({} if self.reward is None else {"reward": self.reward}),
         }
         return json.dumps(facts, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
@@ -239,9 +242,10 @@ def _to_prompt(record: dict[str, Any], system: str | None, where: str) -> Prompt
     answer = given.get("answer")
     if answer is not None:
         _check_text(answer, "answer", "answer")
+    reward = _to_reward(given.get("reward"))
     if kind == "text":
         _check_text(given["text"], "text", "text")
-        return Prompt(where=where, text=given["text"], answer=answer)
+        return Prompt(where=where, text=given["text"], answer=answer, reward=reward)
     completion: dict[str, Any] | None = None
     if kind == "messages":
         messages = _to_messages(given["messages"], "messages")
@@ -264,6 +268,7 @@ def _to_prompt(record: dict[str, Any], system: str | None, where: str) -> Prompt
         tools=_to_tools(given.get("tools")),
         completion=completion,
         answer=answer,
+        reward=reward,
     )
 
 
@@ -328,6 +333,16 @@ def _to_tools(value: Any) -> tuple[dict[str, Any], ...] | None:
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         refuse(f"tools: {name_of(type(value))}, expected a list of objects. Write one object per tool", "tools")
     return tuple(value)
+
+
+def _to_reward(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        refuse(f"reward: {name_of(type(value))}, expected a number. Write one without quotes", "reward")
+    if not 0 <= value < float("inf"):
+        refuse(f"reward: {value}, expected a number from 0: it weighs the reply's tokens. Shift it", "reward")
+    return float(value)
 
 
 def _check_text(value: Any, where: str, key: str) -> None:

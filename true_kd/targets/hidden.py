@@ -39,6 +39,10 @@ class TeacherHead:
         return logprobs
 
 
+_ROWS = 64
+"""Tokens that are read by the head at a time."""
+
+
 @dataclass(frozen=True)
 class HiddenTargets:
     """The teacher's last hidden state at N response tokens, from which `head` gives every logit."""
@@ -50,6 +54,16 @@ class HiddenTargets:
 
     def __len__(self) -> int:
         return len(self.states)
+
+    @property
+    def entropies(self) -> np.ndarray:
+        """float64 [N], the teacher's entropy at temperature 1 over the ids of `head`, nats."""
+        found = [np.zeros(0)]
+        for start in range(0, len(self), _ROWS):
+            logprobs = self.head.logprobs(mx.array(self.states[start : start + _ROWS]), 1.0)
+            terms = mx.where(logprobs > -mx.inf, mx.exp(logprobs) * logprobs, 0.0)
+            found.append(np.array(-mx.sum(terms, axis=-1), dtype=np.float64))
+        return np.concatenate(found)
 
     def take(self, tokens: np.ndarray) -> HiddenTargets:
         """The targets of the given tokens, in that order."""

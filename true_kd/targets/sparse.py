@@ -11,6 +11,7 @@ Duffield, Lund and Thorup (2007).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -78,6 +79,19 @@ class SparseTargets:
             tail_codes=self.tail_codes[tokens],
         )
 
+    @classmethod
+    def join(cls, parts: Sequence[SparseTargets]) -> SparseTargets:
+        """The targets of several replies of one teacher, one after the other."""
+        counts = np.concatenate([np.diff(part.offsets) for part in parts])
+        return replace(
+            parts[0],
+            offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
+            ids=np.concatenate([part.ids for part in parts]),
+            logprob_codes=np.concatenate([part.logprob_codes for part in parts]),
+            exact=np.concatenate([part.exact for part in parts]),
+            tail_codes=np.concatenate([part.tail_codes for part in parts]),
+        )
+
     def first(self, count: int) -> SparseTargets:
         """The targets of the first `count` tokens."""
         return self.take(np.arange(count))
@@ -98,6 +112,13 @@ class SparseTargets:
         """float64 [N], share of the distribution softened by `temperature` that is not kept exactly."""
         tail, total = self._masses(temperature)
         return tail / total
+
+    @property
+    def entropies(self) -> np.ndarray:
+        """float64 [N], the teacher's entropy at temperature 1, nats: an unbiased estimate, exact where nothing of the
+        tail was drawn."""
+        weights, logprobs = self.at_temperature(1.0)
+        return self._per_row(np.where(weights > 0, -weights * logprobs, 0.0).astype(np.float64))
 
     def at_temperature(self, temperature: float) -> tuple[np.ndarray, np.ndarray]:
         """Weights and log-probabilities of the entries for the distribution softened by `temperature`.

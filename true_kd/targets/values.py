@@ -6,8 +6,8 @@ import numpy as np
 
 LOGPROB_BITS = 8
 DRAWN_BITS = 6
-"""Of drawn ids, whose log-probability reweighs them for other temperatures and enters the value of the KL, but not
-its gradient at the draw temperature."""
+"""Of drawn ids, whose log-probability reweighs them for other temperatures and enters the values of divergences, but
+not the gradient of forward KL at the draw temperature."""
 _DROPPED = LOGPROB_BITS - DRAWN_BITS
 LEAST_LOGPROB = -40.0
 """Log-probabilities below this are stored as this."""
