@@ -173,12 +173,12 @@ def test_old_checkpoints_are_removed_and_nothing_else(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("")
     (tmp_path / adapters.WEIGHTS).write_text("")
-    remove_checkpoints(tmp_path)
+    remove_checkpoints(tmp_path, after=0)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint_best", "my notes", adapters.WEIGHTS}
 
 
 def test_removing_checkpoints_of_a_folder_that_is_not_there_is_nothing_to_do(tmp_path: Path) -> None:
-    remove_checkpoints(tmp_path / "nowhere")
+    remove_checkpoints(tmp_path / "nowhere", after=0)
     assert checkpoint_folder(tmp_path, 50) == tmp_path / "checkpoint_50"
 
 

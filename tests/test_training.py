@@ -5,22 +5,36 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from families import FAMILIES, VOCAB, build
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_map
 
+from true_kd.batching import collate
 from true_kd.examples import Example
 from true_kd.losses import LossOptions
 from true_kd.models import LoraOptions, ModelOptions, add_lora, open_model, trainable
 from true_kd.targets import HiddenTargets, SparseTargets, TargetOptions, TeacherHead, encode
 from true_kd.targets.values import logprob_codes
-from true_kd.training import NonFinite, StepMetrics, TrainingOptions, learning_rate_at, train
+from true_kd.training import (
+    Gradients,
+    NonFinite,
+    Room,
+    StepMetrics,
+    TrainingOptions,
+    TrainingState,
+    learning_rate_at,
+    sum_gradients,
+    train,
+)
+from true_kd.training.options import compiles
 
 TOKENS = 300
 """Ids that examples use; the models have 320 rows."""
@@ -38,7 +52,8 @@ def random_examples(count: int, seed: int = 0, share: float = 1.0) -> list[Examp
         targets = encode(logits, mx.array(response), uniforms, TargetOptions().settings)
         kept = np.sort(rng.permutation(len(response))[: max(1, round(share * len(response)))]).astype(np.int32)
         reply = response.astype(np.int32)
-        examples.append(Example(prompt.astype(np.int32), reply, targets.take(kept), kept, f"example {index}"))
+        weights = np.ones(len(kept), dtype=np.float32)
+        examples.append(Example(prompt.astype(np.int32), reply, targets.take(kept), kept, weights, f"example {index}"))
     return examples
 
 
@@ -64,7 +79,7 @@ def with_exact_targets(
             vocab_size=vocab,
         )
         softened = mx.array(targets.at_temperature(LOSSES.temperature)[1].reshape(count, vocab))
-    return Example(example.prompt, example.response, targets, example.kept, example.where), softened
+    return replace(example, targets=targets), softened
 
 
 def adapted(folder: Path, seed: int = 0, **lora: object) -> nn.Module:
@@ -183,18 +198,30 @@ def reference_gradient(module: nn.Module, examples: Sequence[Example], teachers:
     return gradient
 
 
-def gradient_of_training(module: nn.Module, examples: Sequence[Example]) -> tuple[np.ndarray, float]:
+def gradient_of_training(module: nn.Module, examples: Sequence[Example], **options: object) -> tuple[np.ndarray, float]:
     """The gradient that reaches the optimizer, up to a factor, and the norm that is reported.
 
     Clipped far below Adam's epsilon, the first update is a multiple of the gradient itself.
     """
     before = flat(trainable(module))
-    [step] = run(module, examples, iters=1, batch_size=len(examples), grad_clip=1e-9, learning_rate=1.0)
+    [step] = run(module, examples, iters=1, batch_size=len(examples), grad_clip=1e-9, learning_rate=1.0, **options)
     return before - flat(trainable(module)), step.grad_norm
 
 
 def cosine(one: np.ndarray, other: np.ndarray) -> float:
     return float(one @ other / (np.linalg.norm(one) * np.linalg.norm(other)))
+
+
+def assert_dense_gradient(module: nn.Module, kind: str, **options: object) -> None:
+    """The gradient of a step is that of dense logits, with an adapter that is no longer fresh."""
+    # A fresh adapter's lora_b is zero, and with it the gradient of lora_a.
+    module.update(tree_map(lambda value: value + 0.02 * mx.random.normal(value.shape), module.trainable_parameters()))
+    pairs = [with_exact_targets(example, VOCAB, index, kind) for index, example in enumerate(random_examples(3))]
+    examples, teachers = [example for example, _ in pairs], [teacher for _, teacher in pairs]
+    expected = flat(reference_gradient(module, examples, teachers))
+    found, norm = gradient_of_training(module, examples, **options)
+    assert norm == pytest.approx(np.linalg.norm(expected), rel=1e-3)
+    assert cosine(found, expected) > 0.999
 
 
 @pytest.fixture(scope="module")
@@ -229,15 +256,7 @@ def untied_folder(student_folder: Path, tmp_path_factory: pytest.TempPathFactory
 def test_the_gradient_is_that_of_the_dense_objective(
     request: pytest.FixtureRequest, model: str, lora: dict, kind: str
 ) -> None:
-    module = adapted(request.getfixturevalue(model), **lora)
-    # A fresh adapter's lora_b is zero, and with it the gradient of lora_a.
-    module.update(tree_map(lambda value: value + 0.02 * mx.random.normal(value.shape), module.trainable_parameters()))
-    pairs = [with_exact_targets(example, 320, index, kind) for index, example in enumerate(random_examples(3))]
-    examples, teachers = [example for example, _ in pairs], [teacher for _, teacher in pairs]
-    expected = flat(reference_gradient(module, examples, teachers))
-    found, norm = gradient_of_training(module, examples)
-    assert norm == pytest.approx(np.linalg.norm(expected), rel=1e-3)
-    assert cosine(found, expected) > 0.999
+    assert_dense_gradient(adapted(request.getfixturevalue(model), **lora), kind)
 
 
 @pytest.mark.parametrize("kind", ["entries", "hidden states"])
@@ -253,31 +272,39 @@ def test_tokens_of_the_response_that_do_not_count_add_nothing_to_the_gradient(st
     assert cosine(found, expected) > 0.999
 
 
-def test_the_gradient_of_a_soft_capped_student_is_that_of_the_dense_objective() -> None:
-    from mlx_lm.models import gemma2
-
-    config = {
-        "model_type": "gemma2",
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "intermediate_size": 64,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
-        "rms_norm_eps": 1e-6,
-        "vocab_size": 320,
-        "query_pre_attn_scalar": 16,
-    }
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"gemma3n"}))
+def test_the_gradient_of_every_family_is_that_of_the_dense_objective(family: str) -> None:
+    module = build(family)
     mx.random.seed(6)
-    module = gemma2.Model(gemma2.ModelArgs.from_dict(config))
-    module.model.embed_tokens.weight = 10 * module.model.embed_tokens.weight
+    add_lora(module, LoraOptions(rank=4, keys=FAMILIES[family].keys))
+    assert_dense_gradient(module, "entries")
+
+
+@pytest.mark.parametrize("family", ["qwen2 tied", "qwen2 untied", "gemma2", "cohere"])
+def test_a_trained_output_head_of_a_family_gets_the_dense_gradient(family: str) -> None:
+    """Of full fine-tuning: an embedding that is tied to the head gets the sum of what both do."""
+    module = build(family)
+    module.freeze()
+    head = module.lm_head if family.endswith("untied") else module.model.embed_tokens
+    head.unfreeze()
+    module.model.layers[-1].unfreeze()
+    assert_dense_gradient(module, "hidden states")
+
+
+def test_a_frozen_quantised_student_gets_the_dense_gradient() -> None:
+    module = build("qwen2 tied")
+    nn.quantize(module, group_size=32, bits=4)
+    mx.random.seed(6)
     add_lora(module, LoraOptions(rank=4))
-    pairs = [with_exact_targets(example, 320, index) for index, example in enumerate(random_examples(3))]
-    examples, teachers = [example for example, _ in pairs], [teacher for _, teacher in pairs]
-    expected = flat(reference_gradient(module, examples, teachers))
-    found, norm = gradient_of_training(module, examples)
-    assert norm == pytest.approx(np.linalg.norm(expected), rel=1e-3)
-    assert cosine(found, expected) > 0.999
+    assert_dense_gradient(module, "entries")
+
+
+@pytest.mark.parametrize("kind", ["entries", "hidden states"])
+def test_a_compiled_step_has_the_gradient_of_the_dense_objective(kind: str) -> None:
+    module = build("qwen2 tied")
+    mx.random.seed(6)
+    add_lora(module, LoraOptions(rank=4))
+    assert_dense_gradient(module, kind, compile="always")
 
 
 def test_prompt_tokens_add_nothing_to_the_gradient(student_folder: Path) -> None:
@@ -460,3 +487,242 @@ def test_a_gradient_that_is_not_finite_is_named(student_folder: Path) -> None:
     module = adapted(student_folder, scale=1e25)
     with pytest.raises(NonFinite, match="gradient"):
         run(module, random_examples(4))
+
+
+# Going on
+
+
+def snapshot(module: nn.Module, state: TrainingState) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
+    """Copies of the adapter and of the state."""
+    weights, arrays = trainable(module), state.arrays()
+    return {name: mx.array(value) for name, value in weights.items()}, {name: mx.array(arrays[name]) for name in arrays}
+
+
+def without_clock(step: StepMetrics) -> StepMetrics:
+    return replace(step, **dict.fromkeys(StepMetrics.MEASURED, 0))
+
+
+@pytest.mark.parametrize(
+    ("lora", "options", "losses"),
+    [
+        ({"dropout": 0.5}, {"accumulate": 2}, {}),
+        ({"type": "dora", "dropout": 0.2}, {}, {"alpha_end": 0.1}),
+        ({"num_layers": 1}, {"schedule": "constant", "grad_clip": 0.0}, {"temperature_end": 1.0}),
+        ({"keys": ("model.embed_tokens", "mlp.up_proj")}, {}, {"divergence": "jensen_shannon"}),
+        ({"dropout": 0.5}, {"grad_checkpoint": True}, {}),
+        ({"dropout": 0.5}, {"compile": "always", "accumulate": 2}, {"alpha_end": 0.1}),
+        ({}, {"compile": "always", "grad_checkpoint": True}, {}),
+    ],
+    ids=["dropout", "dora", "one layer", "embedding", "recomputed", "compiled", "compiled and recomputed"],
+)
+def test_training_goes_on_from_any_step_bit_for_bit(
+    student_folder: Path, lora: dict, options: dict, losses: dict
+) -> None:
+    examples = random_examples(5)
+    chosen = TrainingOptions(**{"iters": 6, "learning_rate": 1e-2, "warmup": 0.4, "batch_size": 2, **options})
+    objective = LossOptions(**losses)
+    module = adapted(student_folder, seed=3, **lora)
+    state = TrainingState(module, chosen)
+    kept = [snapshot(module, state)]
+    steps = []
+    for step in train(module, examples, chosen, objective, 7, state):
+        steps.append(without_clock(step))
+        kept.append(snapshot(module, state))
+    assert [step.iteration for step in steps] == list(range(1, 7))
+    for made in (0, 1, 3, 5, 6):
+        weights, arrays = kept[made]
+        other = adapted(student_folder, seed=99, **lora)
+        other.load_weights(list(weights.items()), strict=False)
+        mx.random.seed(1234)
+        again = TrainingState(other, chosen)
+        again.restore(made, arrays)
+        found = list(train(other, examples, chosen, objective, 7, again))
+        assert [without_clock(step) for step in found] == steps[made:]
+        assert_equal_parameters(other, module)
+        assert again.iteration == 6
+        end = again.arrays()
+        assert all(mx.array_equal(end[name], value) for name, value in kept[-1][1].items())
+
+
+def test_the_loop_goes_on_with_the_state_it_was_left_with(student_folder: Path) -> None:
+    """Breaking out of the generator and asking for another is the same as not having stopped."""
+    one, other = adapted(student_folder, dropout=0.5), adapted(student_folder, dropout=0.5)
+    chosen = TrainingOptions(iters=6, learning_rate=1e-2)
+    mx.random.seed(5)
+    whole = [without_clock(step) for step in train(one, random_examples(5), chosen, LOSSES, 0)]
+    mx.random.seed(5)
+    state, found = TrainingState(other, chosen), []
+    while state.iteration < 6:
+        found.append(without_clock(next(train(other, random_examples(5), chosen, LOSSES, 0, state))))
+    assert found == whole
+    assert_equal_parameters(one, other)
+    assert list(train(other, random_examples(5), chosen, LOSSES, 0, state)) == []
+
+
+@pytest.mark.parametrize("compile", ["never", "always"])
+def test_what_a_state_gave_stays_as_it_was(student_folder: Path, compile: str) -> None:
+    module = adapted(student_folder, dropout=0.5)
+    chosen = TrainingOptions(iters=3, learning_rate=1e-2, compile=compile)
+    state = TrainingState(module, chosen)
+    given = state.arrays()
+    before = {name: np.array(value) for name, value in given.items()}
+    list(train(module, random_examples(4), chosen, LOSSES, 0, state))
+    changed = {name for name, value in given.items() if not np.array_equal(np.array(value), before[name])}
+    assert changed == set()
+
+
+@pytest.mark.parametrize("compile", ["never", "always"])
+def test_weights_that_were_taken_at_a_step_stay_as_they_were(student_folder: Path, compile: str) -> None:
+    """They are what is kept as the best, without a copy."""
+    module = adapted(student_folder)
+    steps = train(module, random_examples(4), TrainingOptions(iters=4, compile=compile), LOSSES, 0)
+    next(steps)
+    taken = trainable(module)
+    before = {name: np.array(value) for name, value in taken.items()}
+    list(steps)
+    assert all(np.array_equal(np.array(taken[name]), value) for name, value in before.items())
+    assert any(not np.array_equal(np.array(trainable(module)[name]), value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("compile", ["never", "always"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_step_that_is_not_finite_is_not_applied(student_folder: Path, compile: str, accumulate: int) -> None:
+    module = adapted(student_folder)
+    chosen = TrainingOptions(iters=4, batch_size=1, accumulate=accumulate, learning_rate=1e-2, compile=compile)
+    state = TrainingState(module, chosen)
+    steps = train(module, random_examples(6), chosen, LOSSES, 0, state)
+    next(steps)
+    next(steps)
+    before = flat(trainable(module))
+    poison(module, math.nan)
+    with pytest.raises(NonFinite) as stopped:
+        next(steps)
+    assert (stopped.value.iteration, state.iteration) == (3, 2)
+    assert np.array_equal(flat(trainable(module)), before)
+
+
+# Compiled steps
+
+
+@pytest.mark.parametrize("targets", ["sampled", "hidden states"])
+@pytest.mark.parametrize("options", [{}, {"accumulate": 3, "batch_size": 2}, {"grad_checkpoint": True}], ids=str)
+def test_a_compiled_run_is_the_plain_one_to_rounding(student_folder: Path, targets: str, options: dict) -> None:
+    examples = random_examples(7, share=0.8)
+    if targets == "hidden states":
+        examples = [with_exact_targets(example, 320, at)[0] for at, example in enumerate(examples)]
+    losses = LossOptions(alpha_end=0.1, divergence="skewed_kl")
+    plain, compiled = (
+        run(adapted(student_folder), examples, losses, compile=compile, learning_rate=1e-3, **options)
+        for compile in ("never", "always")
+    )
+    for one, other in zip(plain, compiled, strict=True):
+        assert (one.response_tokens, one.learning_rate) == (other.response_tokens, other.learning_rate)
+        assert other.padded_tokens % 32 == 0
+        for name in ("total", "kd", "ce", "grad_norm"):
+            assert getattr(other, name) == pytest.approx(getattr(one, name), rel=1e-3)
+
+
+def test_what_is_compiled_is_not_compiled_again_when_alpha_changes(student_folder: Path) -> None:
+    """Alpha is an argument of the compiled step: with it baked in, the first value would stay."""
+    losses = LossOptions(alpha=1.0, alpha_end=0.0)
+    steps = run(adapted(student_folder), random_examples(4), losses, compile="always", iters=5, batch_size=4)
+    for at, step in enumerate(steps):
+        alpha = 1.0 - at / 4
+        assert step.total == pytest.approx(alpha * step.kd + (1 - alpha) * step.ce, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("compile", "losses", "expected"),
+    [
+        ("always", {}, True),
+        ("always", {"alpha_end": 0.1}, True),
+        ("always", {"temperature_end": 1.0}, False),
+        ("never", {}, False),
+    ],
+)
+def test_a_step_is_compiled_where_it_would_not_be_compiled_each_time(
+    compile: str, losses: dict, expected: bool
+) -> None:
+    assert compiles(TrainingOptions(compile=compile), LossOptions(**losses)) is expected
+
+
+# Micro-batches and the room they have
+
+
+@pytest.mark.parametrize("compile", ["never", "always"])
+def test_the_sums_over_micro_batches_are_those_of_the_whole(student_folder: Path, compile: str) -> None:
+    module = adapted(student_folder)
+    module.update(tree_map(lambda value: value + 0.02 * mx.random.normal(value.shape), module.trainable_parameters()))
+    examples = random_examples(6)
+    gradients, objective = Gradients(module, compile == "always"), LOSSES.final
+    multiple = 32 if compile == "always" else 1
+    whole, slope = gradients(collate(examples, objective.temperature, multiple=multiple), objective)
+    halves = [
+        gradients(collate(part, objective.temperature, multiple=multiple), objective)
+        for part in (examples[:2], examples[2:])
+    ]
+    for name in ("total", "kd", "ce"):
+        parts = sum(getattr(sums, name).item() for sums, _ in halves)
+        assert parts == pytest.approx(getattr(whole, name).item(), rel=1e-5)
+    found = sum(flat(part) for _, part in halves)
+    assert np.linalg.norm(found - flat(slope)) < 1e-4 * np.linalg.norm(found)
+    sums, mean = sum_gradients(
+        module, [collate(part, objective.temperature) for part in (examples[:2], examples[2:])], objective, tokens=10
+    )
+    assert sums.total.item() == pytest.approx(whole.total.item(), rel=1e-5)
+    assert np.linalg.norm(10 * flat(mean) - flat(slope)) < 1e-4 * np.linalg.norm(found)
+
+
+def room_for(module: nn.Module, examples: Sequence[Example], budget: int) -> Room:
+    return Room(module, examples, TrainingOptions(), LOSSES, budget)
+
+
+def test_a_micro_batch_that_fits_is_left_whole_and_in_its_order(student_folder: Path) -> None:
+    examples = random_examples(6)
+    assert room_for(adapted(student_folder), examples, 10**9).cut(examples) == [examples]
+
+
+def test_without_room_each_example_stands_alone(student_folder: Path) -> None:
+    examples = random_examples(6)
+    parts = room_for(adapted(student_folder), examples, 0).cut(examples)
+    assert sorted(part[0].where for part in parts) == sorted(example.where for example in examples)
+    assert [len(part) for part in parts] == [1] * 6
+
+
+def test_what_fits_alone_by_its_need_stands_alone_and_no_more(student_folder: Path) -> None:
+    module, examples = adapted(student_folder), random_examples(8)
+    need = room_for(module, examples, 0).need(examples)
+    counts = [len(room_for(module, examples, budget).cut(examples)) for budget in range(need, 2 * need, need // 16)]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] > counts[-1] >= 1
+    weights = sum(value.nbytes for _, value in tree_flatten(module.parameters()))
+    assert need > weights
+    assert room_for(module, examples, 0).need(examples[:1]) < need, "a shorter one"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6, 0.9])
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2, "batch_size": 3}, {"compile": "always"}], ids=str)
+def test_a_step_in_parts_is_the_whole_step(student_folder: Path, share: float, options: dict) -> None:
+    examples = random_examples(8)
+    chosen = TrainingOptions(**{"iters": 3, "learning_rate": 1e-3, "batch_size": 8, **options})
+    found = []
+    for parted in (False, True):
+        module = adapted(student_folder)
+        room = None
+        if parted:
+            whole = Room(module, examples, chosen, LOSSES, 0).need(examples)
+            room = Room(module, examples, chosen, LOSSES, int(share * 1.2 * whole))
+        found.append((list(train(module, examples, chosen, LOSSES, 0, room=room)), flat(trainable(module))))
+    (one, before), (other, after) = found
+    for whole_step, step in zip(one, other, strict=True):
+        assert step.response_tokens == whole_step.response_tokens
+        for name in ("total", "kd", "ce", "grad_norm"):
+            assert getattr(step, name) == pytest.approx(getattr(whole_step, name), rel=1e-4)
+    assert np.linalg.norm(after - before) < 1e-3 * np.linalg.norm(before)
+
+
+def test_what_is_measured_is_told_apart_from_what_is_the_same_each_time(student_folder: Path) -> None:
+    names = {item.name for item in fields(StepMetrics)}
+    assert set(StepMetrics.MEASURED) == {"seconds", "tokens_per_second", "peak_memory"} < names
+    one, other = (run(adapted(student_folder), random_examples(4)) for _ in range(2))
+    assert [without_clock(step) for step in one] == [without_clock(step) for step in other]

@@ -29,7 +29,8 @@ def main() -> None:
             print(printable(str(error)), file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:
-        print("true-kd: stopped by Ctrl-C. Finished domains and captured replies are kept.", file=sys.stderr)
+        kept = "Finished domains, captured replies and checkpoints are kept: run it again to go on."
+        print(f"true-kd: stopped by Ctrl-C. {kept}", file=sys.stderr)
         code = 130
     sys.exit(code)
 

@@ -30,11 +30,22 @@ def checkpoint_folder(folder: Path, iteration: int) -> Path:
     return folder / f"checkpoint_{iteration}"
 
 
-def remove_checkpoints(folder: Path) -> None:
-    """Delete the checkpoint folders of an earlier run."""
-    for checkpoint in folder.glob("checkpoint_*"):
-        if checkpoint.name.removeprefix("checkpoint_").isdecimal() and not checkpoint.is_symlink():
-            shutil.rmtree(checkpoint, ignore_errors=True)
+def checkpoints(folder: Path) -> dict[int, Path]:
+    """The checkpoint folders of a domain by iteration."""
+    found = {}
+    for path in folder.glob("checkpoint_*"):
+        number = path.name.removeprefix("checkpoint_")
+        named = number.isdecimal() and path == checkpoint_folder(folder, int(number))
+        if named and path.is_dir() and not path.is_symlink():
+            found[int(number)] = path
+    return found
+
+
+def remove_checkpoints(folder: Path, after: int) -> None:
+    """Delete the checkpoint folders of iterations beyond `after`."""
+    for iteration, path in checkpoints(folder).items():
+        if iteration > after:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def save_adapter(

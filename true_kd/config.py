@@ -66,6 +66,9 @@ class RunConfig(Options):
     """What is measured on the validation prompts."""
     vocab_strategy: VocabStrategy = "match"
     """What to do when the vocabularies differ: match (refuse), truncate (keep common ids), project (map by token)."""
+    memory_gb: float | None = Field(default=None, gt=0.0, le=1e6)
+    """Memory in 10^9 bytes that the student's phase may take: a micro-batch that needs more is cut into parts, with the
+    same gradient. null for most of what the machine has."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of adapter initialisation, dropout and data order."""
     fresh: bool = False
@@ -91,18 +94,21 @@ class RunConfig(Options):
 SHORT_NAMES: Mapping[str, KeyPath] = {
     "teacher": ("teacher",),
     "student": ("student",),
+    "divergence": ("losses", "divergence"),
     "temperature": ("losses", "temperature"),
     "alpha": ("losses", "alpha"),
     "iters": ("training", "iters"),
     "learning_rate": ("training", "learning_rate"),
     "batch_size": ("training", "batch_size"),
     "max_seq_length": ("training", "max_seq_length"),
+    "patience": ("training", "patience"),
     "rank": ("lora", "rank"),
     "cache_bytes": ("targets", "bytes_per_token"),
     "cache_gb": ("targets", "gigabytes"),
     "out": ("out",),
     "prompts": ("prompts",),
     "vocab_strategy": ("vocab_strategy",),
+    "memory_gb": ("memory_gb",),
     "seed": ("seed",),
     "fresh": ("fresh",),
 }

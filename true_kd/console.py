@@ -57,8 +57,10 @@ class LineView:
                 self.say(f"{domain}: {replies} replies of the teacher are in the cache")
             case events.TeacherFreed(memory):
                 self.say(f"teacher freed, {memory / 2**20:.0f} MB still held")
-            case events.TrainingStarted(domain, iters, data):
+            case events.TrainingStarted(domain, iters, data, made):
                 self._iters = iters
+                if made:
+                    self.say(f"{domain}: goes on from the checkpoint of iteration {made}")
                 self.say(
                     f"{domain}: training on {data.train_response_tokens:,} of {data.train_tokens:,} tokens "
                     f"({data.train_examples} examples, {data.valid_examples} held out)"
@@ -82,6 +84,17 @@ class LineView:
             case events.Certified(domain, fidelity, poor):
                 self.say(f"{domain}: {_certificate(fidelity)}")
                 self.say(f"{domain}: {_certified_size(fidelity, poor)}")
+            case events.DivergenceCoarsened(domain, divergence, tail_mass):
+                self.say(
+                    f"{domain}: {divergence} from sampled targets: the ids kept exactly one by one, all others "
+                    f"({tail_mass:.1%} of the distribution) as one; with targets.preset exact each by itself"
+                )
+            case events.MemoryShort(domain, need, budget, recomputes):
+                remedy = "" if recomputes else "set training.grad_checkpoint=true, or "
+                self.say(
+                    f"{domain}: the longest example alone takes about {_size(need)}, expected at most {_size(budget)} "
+                    f"(--memory-gb): {remedy}lower --max-seq-length"
+                )
             case events.Stepped(domain, step):
                 self.stepped(domain, step)
             case events.Validated(domain, validation):

@@ -71,6 +71,8 @@ class TrainingStarted:
     domain: str
     iters: int
     data: DataCounts
+    made: int = 0
+    """Steps that an earlier run of this job made, and that this one goes on from."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,29 @@ class Certified:
     domain: str
     fidelity: Fidelity
     poor: bool
+
+
+@dataclass(frozen=True)
+class DivergenceCoarsened:
+    """No sample of the teacher gives the run's divergence: the ids that are kept exactly are compared one by one, all
+    others as one."""
+
+    domain: str
+    divergence: str
+    tail_mass: float
+    """Mean share of the distribution that is compared as one."""
+
+
+@dataclass(frozen=True)
+class MemoryShort:
+    """The longest example by itself is expected to take more than the budget of memory; it is tried all the same."""
+
+    domain: str
+    need: int
+    """Bytes, the student's weights included."""
+    budget: int
+    recomputes: bool
+    """Whether gradient checkpointing is on already."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +169,8 @@ Event = (
     | TeacherFreed
     | TrainingStarted
     | Certified
+    | DivergenceCoarsened
+    | MemoryShort
     | Stepped
     | Validated
     | DomainFinished

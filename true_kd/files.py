@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -93,6 +94,23 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON; NaN and infinity are refused (ValueError)."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or what lies in its place, if it is there."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise CannotWrite(path, error) from error
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Delete what a kill has left half written in a folder that nobody else writes."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        remove(path)
 
 
 def sync_folder(folder: Path) -> None:

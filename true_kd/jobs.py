@@ -101,7 +101,8 @@ class Job:
         return self.config.out_folder / self.domain
 
     def digest(self, teacher: str, student: str) -> str:
-        """What the result depends on: models, prompts and every option but those that say where things lie.
+        """What the result depends on: models, prompts and every option but those that say where things lie or
+        what they may take.
 
         `teacher` and `student` are the digests of their files.
         """
@@ -111,7 +112,7 @@ class Job:
                 "options": self.config.model_dump(
                     mode="json",
                     exclude={
-                        **dict.fromkeys(("out", "cache", "fresh", "domains", "prompts"), True),
+                        **dict.fromkeys(("out", "cache", "fresh", "domains", "prompts", "memory_gb"), True),
                         **{seam: {"model", "revision", "adapter"} for seam in ("teacher", "student")},
                     },
                 ),

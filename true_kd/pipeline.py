@@ -19,8 +19,9 @@ from filelock import FileLock, Timeout
 
 from true_kd import events, reporting
 from true_kd.errors import InputError, LockedError, TrueKDError
-from true_kd.files import make_folder
+from true_kd.files import make_folder, remove_temporaries
 from true_kd.jobs import Job, find_teacher, refuse
+from true_kd.memory import budget_bytes, set_guards
 from true_kd.models import (
     ModelOptions,
     check_keys,
@@ -182,6 +183,7 @@ def _hold(out: Path) -> Iterator[None]:
     except Timeout as error:
         raise LockedError(out, "another true-kd run") from error
     try:
+        remove_temporaries(out)
         yield
     finally:
         lock.release()
@@ -216,6 +218,7 @@ def _capture_all(
     group: Sequence[Job], ledger: _Ledger, everyone: Sequence[Job]
 ) -> Generator[events.Event, None, list[Job]]:
     """The jobs whose targets are in the cache. When this returns, the teacher is gone from memory."""
+    set_guards(budget_bytes(group[0].config.memory_gb))
     mx.reset_peak_memory()
     captured: list[Job] = []
     try:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from true_kd.fidelity import Fidelity
 from true_kd.files import digest_file, write_json
 from true_kd.training import StepMetrics
 
-FORMAT = 1
+FORMAT = 2
 """Version of the two files' layout."""
 
 
@@ -106,7 +106,8 @@ def write_result(folder: Path, result: KDResult, run_digest: str) -> None:
         "run_digest": run_digest,
         "sha256": _digests(folder),
         "result": asdict(result),
-        "curves": _curves(result.steps),
+        "curves": _columns(result.steps, [name for name in _STEP if name not in StepMetrics.MEASURED]),
+        "timings": _columns(result.steps, StepMetrics.MEASURED),
     }
     del record["result"]["steps"], record["result"]["unchanged"]
     write_json(folder / adapters.METRICS, record)
@@ -122,7 +123,7 @@ def read_result(folder: Path, run_digest: str | None = None) -> KDResult | None:
     if _digests(folder) != record.get("sha256"):
         return None
     try:
-        columns = record["curves"]
+        columns = {**record["curves"], **record["timings"]}
         steps = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         if not steps:
             return None
@@ -138,9 +139,11 @@ def _digests(folder: Path) -> dict[str, str]:
     return {file.name: digest_file(file) for file in files if file.is_file()}
 
 
-def _curves(steps: Sequence[StepMetrics]) -> dict[str, list[Any]]:
+_STEP = tuple(item.name for item in fields(StepMetrics))
+
+
+def _columns(steps: Sequence[StepMetrics], names: Sequence[str]) -> dict[str, list[Any]]:
     """One list per quantity, which is what plotting wants."""
-    names = [name for name in StepMetrics.__dataclass_fields__]
     return {name: [getattr(step, name) for step in steps] for name in names}
 
 

@@ -5,22 +5,24 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Generator
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 import mlx.core as mx
 
 from true_kd import adapters, events, reporting
 from true_kd.backend import versions
+from true_kd.checkpoints import Checkpoint, Progress, drop_states, find_checkpoint, save_checkpoint
 from true_kd.datasets import DomainData, build_data
 from true_kd.errors import ModelError, NonFiniteLossError, PoorTargetsError
 from true_kd.evaluation import evaluate, exact_match
 from true_kd.fidelity import Fidelity, certify
-from true_kd.files import CannotWrite, write_json
+from true_kd.files import remove, remove_temporaries, write_json
 from true_kd.jobs import Job
+from true_kd.memory import budget_bytes, set_guards
 from true_kd.models import LanguageModel, add_lora, open_model, parameter_count, release_memory, trainable
 from true_kd.reporting import ExactMatch, KDResult, Validation
 from true_kd.suggest import quote
-from true_kd.training import NonFinite, StepMetrics, train
+from true_kd.training import NonFinite, Room, TrainingState, train
 
 
 def distill_student(job: Job) -> Generator[events.Event, None, KDResult]:
@@ -32,13 +34,17 @@ def distill_student(job: Job) -> Generator[events.Event, None, KDResult]:
         when training diverges; the folder then holds the best weights so far.
     """
     config = job.config
+    budget = budget_bytes(config.memory_gb)
+    set_guards(budget)
     mx.reset_peak_memory()
     student = open_model(config.student, "student")
     data = build_data(job, student)
-    yield events.TrainingStarted(job.domain, config.training.iters, data.counts)
+    checkpoint = None if config.fresh else find_checkpoint(job.folder, job.run_digest)
+    made = checkpoint.progress.iteration if checkpoint else 0
+    yield events.TrainingStarted(job.domain, config.training.iters, data.counts, made)
 
     clock = _Clock()
-    before = Validation(0, evaluate(student.module, data.valid, config.losses, config.training.batch_size))
+    before = Validation(0, evaluate(student.module, data.valid, config.losses.final, config.training.batch_size))
     if not math.isfinite(before.metrics.loss):
         raise ModelError(
             f"student {quote(config.student.model)}: its loss on the validation prompts is not a finite number before "
@@ -54,21 +60,27 @@ def distill_student(job: Job) -> Generator[events.Event, None, KDResult]:
     fidelity = _certify(job, student, data)
     clock.stop("evaluation")
     # With alpha 0 nothing is taken from the targets.
-    poor = config.losses.alpha > 0 and fidelity.is_poor(config.fidelity)
+    poor = config.losses.distils and fidelity.is_poor(config.fidelity)
     yield events.Certified(job.domain, fidelity, poor)
     if poor and fidelity.refuses(config.fidelity):
         raise PoorTargetsError(
-            fidelity.cosine, config.fidelity.least_cosine, config.losses.temperature, config.targets.has_budget
+            fidelity.cosine, config.fidelity.least_cosine, fidelity.temperature, config.targets.has_budget
         )
-    _begin_folder(job)
-    run = yield from _train(job, student, data, clock)
+    sampled = config.losses.final.divergence.sampled
+    if not sampled and config.losses.distils and job.targets.cache.head_path is None:
+        yield events.DivergenceCoarsened(job.domain, config.losses.divergence, fidelity.tail_mass)
+    room = Room(student.module, data.train, config.training, config.losses, budget)
+    if (need := room.need(data.train)) > budget:
+        yield events.MemoryShort(job.domain, need, budget, config.training.grad_checkpoint)
+    _begin_folder(job, made)
+    run = yield from _train(job, student, data, clock, room, checkpoint)
 
     # What is reported is measured on the folder as it was saved, opened anew as its user will.
     del student
     release_memory()
     adapted = open_model(config.student, "student")
     adapters.load_adapter(adapted.module, job.folder)
-    after = evaluate(adapted.module, data.valid, config.losses, config.training.batch_size)
+    after = evaluate(adapted.module, data.valid, config.losses.final, config.training.batch_size)
     answers_after = _exact_match(job, adapted, data)
     clock.stop("evaluation")
     result = KDResult(
@@ -93,6 +105,7 @@ def distill_student(job: Job) -> Generator[events.Event, None, KDResult]:
         versions=versions(),
     )
     reporting.write_result(job.folder, result, job.run_digest)
+    drop_states(job.folder)
     return result
 
 
@@ -101,22 +114,12 @@ def _certify(job: Job, student: LanguageModel, data: DomainData) -> Fidelity:
     return certify(
         student.module,
         data.valid,
-        config.losses,
+        replace(config.losses.final, temperature=config.losses.hottest),
         config.training.batch_size,
         config.fidelity,
         data.counts.cache_bytes,
         data.counts.cache_tokens,
     )
-
-
-@dataclass
-class _Run:
-    """What training leaves."""
-
-    steps: list[StepMetrics] = field(default_factory=list)
-    validations: list[Validation] = field(default_factory=list)
-    best: Validation | None = None
-    best_weights: dict[str, mx.array] = field(default_factory=dict)
 
 
 class _Clock:
@@ -132,39 +135,50 @@ class _Clock:
         self._since = now
 
 
-def _begin_folder(job: Job) -> None:
-    """Take away what an earlier run left that would pass for this one's; its adapter stays until there is a new one."""
-    try:
-        (job.folder / adapters.METRICS).unlink(missing_ok=True)
-    except OSError as error:
-        raise CannotWrite(job.folder, error) from error
-    adapters.remove_checkpoints(job.folder)
+def _begin_folder(job: Job, made: int) -> None:
+    """Take away what passes for this run's but is beyond its steps; an adapter stays until there is a new one."""
+    remove(job.folder / adapters.METRICS)
+    adapters.remove_checkpoints(job.folder, made)
+    for folder in (job.folder, *adapters.checkpoints(job.folder).values()):
+        remove_temporaries(folder)
 
 
-def _train(job: Job, student: LanguageModel, data: DomainData, clock: _Clock) -> Generator[events.Event, None, _Run]:
+def _train(
+    job: Job, student: LanguageModel, data: DomainData, clock: _Clock, room: Room, checkpoint: Checkpoint | None
+) -> Generator[events.Event, None, Progress]:
     options, losses = job.config.training, job.config.losses
-    run = _Run()
+    run, state = Progress(), TrainingState(student.module, options)
+    if checkpoint is not None:
+        run = checkpoint.progress
+        student.module.load_weights(list(checkpoint.weights.items()), strict=False)
+        state.restore(run.iteration, checkpoint.state)
+        if run.best is not None:
+            _save(job, run.best_weights)
+        clock.seconds["training"] += sum(step.seconds for step in run.steps)
+    if run.is_over(options.iters, options.patience):
+        return run
     # The loss of a step is that of the weights before it: a finite step proves those, not the ones it leaves.
     proven = current = trainable(student.module)
     try:
-        for step in train(student.module, data.train, options, losses, job.config.seed):
+        for step in train(student.module, data.train, options, losses, job.config.seed, state, room):
             proven, current = current, trainable(student.module)
             run.steps.append(step)
             yield events.Stepped(job.domain, step)
-            last = step.iteration == options.iters
-            if step.iteration % options.validate_every == 0 or last:
+            if step.iteration % options.validate_every == 0 or step.iteration == options.iters:
                 clock.stop("training")
-                metrics = evaluate(student.module, data.valid, losses, options.batch_size)
+                metrics = evaluate(student.module, data.valid, losses.final, options.batch_size)
                 if not math.isfinite(metrics.loss):
                     raise NonFinite(step.iteration, "the validation loss")
-                run.validations.append(Validation(step.iteration, metrics))
-                if run.best is None or metrics.loss < run.best.metrics.loss:
-                    run.best, run.best_weights = run.validations[-1], trainable(student.module)
-                    _save(job, run.best_weights)
+                if run.validated(Validation(step.iteration, metrics), current):
+                    _save(job, current)
                 clock.stop("evaluation")
                 yield events.Validated(job.domain, run.validations[-1])
-            if step.iteration % options.checkpoint_every == 0 or last:
-                _save(job, trainable(student.module), step.iteration)
+            over = run.is_over(options.iters, options.patience)
+            if step.iteration % options.checkpoint_every == 0 or over:
+                _save(job, current, step.iteration)
+                save_checkpoint(job.folder, run, state.arrays(), job.run_digest)
+            if over:
+                break
     except NonFinite as error:
         if run.best is None:
             _save(job, proven)
@@ -179,7 +193,7 @@ def _save(job: Job, weights: dict[str, mx.array], checkpoint: int | None = None)
     settings = {
         "domain": job.domain,
         "teacher": job.teacher.name,
-        **config.losses.model_dump(include={"temperature", "alpha"}),
+        **config.losses.model_dump(include={"divergence", "temperature", "alpha"}),
         "iters": config.training.iters,
         "learning_rate": config.training.learning_rate,
         "seed": config.seed,

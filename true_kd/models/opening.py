@@ -264,7 +264,9 @@ def _unpacked(path: Path) -> Iterator[Path]:
 
 
 def open_model(options: ModelOptions, seam: str) -> LanguageModel:
-    """Open a model and its tokenizer, in evaluation mode; float32 on a CPU, as stored elsewhere.
+    """Open a model and its tokenizer, in evaluation mode; float32 on a CPU, elsewhere as stored.
+
+    On a GPU a student that is stored in float32 computes in bfloat16; adapters and their optimizer stay in float32.
 
     Raises
     ------
@@ -286,6 +288,8 @@ def open_model(options: ModelOptions, seam: str) -> LanguageModel:
         module = utils.dequantize_model(module)
     if on_cpu:
         module.set_dtype(mx.float32)
+    elif seam == "student":
+        module.set_dtype(mx.bfloat16, lambda dtype: dtype == mx.float32)
     if options.adapter is not None:
         _put_on(module, options, seam)
         if on_cpu:

@@ -1,0 +1,87 @@
+"""Which micro-batches each step has, and how they are cut to fit the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from true_kd.batching import Batch, BatchOrder, collate
+from true_kd.examples import Example
+from true_kd.losses import LossOptions, Objective, chunk_rows
+from true_kd.memory import StepMemory, split_micro_batch
+from true_kd.models import split_head
+from true_kd.targets import HiddenTargets
+from true_kd.training.options import TrainingOptions
+
+
+class Room:
+    """What is left of a budget of memory above the weights, and the parts of a micro-batch that fit in it."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        examples: Sequence[Example],
+        options: TrainingOptions,
+        losses: LossOptions,
+        budget: int,
+    ) -> None:
+        """`budget` is in bytes, the student's weights included."""
+        vocab = split_head(student).vocab_size
+        dense = isinstance(examples[0].targets, HiddenTargets)
+        chunk = chunk_rows(losses.chunk, vocab)
+        self._memory = StepMemory.of(student, vocab, chunk, options.grad_checkpoint, dense)
+        self._weights = sum(leaf.nbytes for _, leaf in tree_flatten(student.parameters()))
+        self._left = budget - self._weights
+
+    def need(self, examples: Sequence[Example]) -> int:
+        """Bytes that the largest of the examples takes when it stands alone, the weights included."""
+        return self._weights + max(self._memory.bytes(1, len(example), len(example.kept)) for example in examples)
+
+    def cut(self, examples: Sequence[Example]) -> list[list[Example]]:
+        """The examples in as few parts as fit; one that does not fit stands alone."""
+        lengths = [len(example) for example in examples]
+        rows = [len(example.kept) for example in examples]
+        parts = split_micro_batch(lengths, rows, self._memory, self._left)
+        return [[examples[at] for at in part] for part in parts]
+
+
+class Plan:
+    """The micro-batches of each step, laid out one after the other; a function of the seed and the step alone."""
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        options: TrainingOptions,
+        losses: LossOptions,
+        seed: int,
+        room: Room | None,
+        multiple: int,
+    ) -> None:
+        self._examples = examples
+        self._options = options
+        self._losses = losses
+        self._order = BatchOrder([len(example) for example in examples], options, seed)
+        self._room = room
+        self._multiple = multiple
+
+    def objective(self, iteration: int) -> Objective:
+        """The losses of a step, counted from 1."""
+        return self._losses.at((iteration - 1) / max(self._options.iters - 1, 1))
+
+    def batches(self, first: int) -> Iterator[tuple[Batch, bool]]:
+        """From step `first` to the end: a micro-batch, and whether it is the last of its step."""
+        for iteration in range(first, self._options.iters + 1):
+            temperature = self.objective(iteration).temperature
+            parts = self._parts(iteration)
+            for at, part in enumerate(parts, start=1):
+                yield collate(part, temperature, multiple=self._multiple), at == len(parts)
+
+    def _parts(self, iteration: int) -> list[list[Example]]:
+        accumulate = self._options.accumulate
+        parts = []
+        for step in range((iteration - 1) * accumulate, iteration * accumulate):
+            examples = [self._examples[index] for index in self._order[step]]
+            parts += [examples] if self._room is None else self._room.cut(examples)
+        return parts
