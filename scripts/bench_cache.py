@@ -33,7 +33,7 @@ from true_kd.capture import capture, render_for
 from true_kd.config import Override
 from true_kd.examples import Example, make_example
 from true_kd.fidelity import FidelityOptions, certify
-from true_kd.losses import LossOptions, TokenTargets
+from true_kd.losses import ForwardKL, LossOptions, Objective, token_losses
 from true_kd.models import LanguageModel, add_lora, open_model
 from true_kd.targets import TargetOptions, width_of
 
@@ -226,8 +226,9 @@ def compare(subject: Subject) -> list[tuple[str, float, list[str]]]:
         return per_token
 
     def sparse(batch: Batch, logits: mx.array, temperature: float) -> mx.array:
-        assert isinstance(batch.targets, TokenTargets)
-        return batch.targets.cross(_soften(logits, temperature))
+        objective = Objective(ForwardKL(), temperature, 1.0, None)
+        soft_kl, _ = token_losses(logits, batch.labels, batch.targets, objective)
+        return soft_kl / temperature**2
 
     truth = {at: gradient(subject, dense(full, at), any_preset, at) for at in TEMPERATURES}
     rows = []
@@ -238,7 +239,7 @@ def compare(subject: Subject) -> list[tuple[str, float, list[str]]]:
             estimate = certify(
                 subject.student.module,
                 subject.examples[name],
-                LossOptions(temperature=at),
+                LossOptions(temperature=at).final,
                 8,
                 FidelityOptions(tokens=10**6),
                 1,

@@ -101,7 +101,7 @@ def measure(config: Path, domain: str, temperature: float, seed: int, names: lis
         add_lora(student.module, job.config.lora)
         for _ in train(student.module, data.train, job.config.training, job.config.losses, seed):
             pass
-        metrics = evaluate(student.module, judge, job.config.losses, 32)
+        metrics = evaluate(student.module, judge, job.config.losses.final, 32)
         yield Run(name, domain, temperature, seed, metrics.kl, metrics.kd, size)
         del student
         release_memory()
