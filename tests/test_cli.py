@@ -100,6 +100,8 @@ def refused(ended, code: int = 2) -> str:
         (["distill", "-d", "cats", "--iters", "1.5"], "--iters"),
         (["distill", "-d", "cats", "--iters", "1e3"], "--iters"),
         (["distill", "-d", "cats", "--seed", ""], "--seed"),
+        (["distill", "-d", "cats", "--memory-gb", "lots"], "--memory-gb"),
+        (["distill", "-d", "cats", "--patience", "2.5"], "--patience"),
         (["distill", "-d", "cats", "--temperature", "hot"], "--temperature"),
         (["distill", "-d", "cats", "--learning-rate", "1e-4x"], "--learning-rate"),
         (["distill", "-d", "cats", "--fresh=yes"], "--fresh"),
@@ -143,6 +145,12 @@ def test_the_help_of_distill_explains_every_flag(cli) -> None:
         assert "default: " in after.partition(" --")[0], name
     for flag in ("--domain", "--all", "--config", "--set"):
         assert f"{flag} " in words
+
+
+@pytest.mark.parametrize(("flag", "bound"), [("--memory-gb", "above 0"), ("--patience", "at least 1")])
+def test_the_help_of_distill_tells_a_bound_on_one_side(flag: str, bound: str, cli) -> None:
+    words = " ".join(cli("distill", "--help").out.split())
+    assert bound in words.partition(f"{flag} ")[2].partition(" --")[0]
 
 
 def test_version_is_that_of_the_distribution(cli) -> None:
@@ -340,6 +348,12 @@ def test_a_bad_set_ends_in_one_line(setting: str, says: str, cli, project: Path)
         ("--max-seq-length", "0", "training.max_seq_length: 0, expected a number at least "),
         ("--rank", "0", "lora.rank: 0, expected a number at least 1."),
         ("--seed", "-1", "seed: -1, expected a number at least 0."),
+        ("--patience", "0", "training.patience: 0, expected a number at least 1."),
+        ("--memory-gb", "0", "memory_gb: 0.0, expected a number above 0."),
+        ("--memory-gb", "-1", "memory_gb: -1.0, expected a number above 0."),
+        ("--memory-gb", "inf", "memory_gb: inf, expected a finite number."),
+        ("--divergence", "KL", "losses.divergence: 'KL', expected 'forward_kl', 'reverse_kl', "),
+        ("--divergence", "", "losses.divergence: '', expected 'forward_kl', 'reverse_kl', "),
         ("--vocab-strategy", "mach", "vocab_strategy: 'mach', expected 'match', 'truncate' or 'project'"),
         ("--out", "", "out: '', expected at least 1 characters."),
         ("--teacher", "", "teacher.model: '', expected at least 1 characters."),
@@ -350,6 +364,23 @@ def test_a_bad_set_ends_in_one_line(setting: str, says: str, cli, project: Path)
 def test_a_flag_out_of_bounds_is_named_with_its_key(flag: str, value: str, says: str, cli, project: Path) -> None:
     before = tree(project)
     assert refused(cli("distill", "-d", "cats", flag, value)).startswith(f"{flag} {says}")
+    assert tree(project) == before
+
+
+def test_a_misspelt_divergence_is_answered_with_the_one_that_was_meant(cli, project: Path) -> None:
+    before = tree(project)
+    line = refused(cli("distill", "-d", "cats", "--divergence", "revers_kl"))
+    assert line.startswith("--divergence losses.divergence: 'revers_kl', expected ")
+    assert line.endswith("did you mean 'reverse_kl'?")
+    assert tree(project) == before
+
+
+@pytest.mark.parametrize("value", ["32000000000", "1e300"], ids=["as bytes", "huge"])
+def test_a_budget_of_memory_that_no_machine_has_is_no_bug_of_ours(value: str, cli, project: Path) -> None:
+    before = tree(project)
+    line = refused(cli("distill", "-d", "cats", "--memory-gb", value))
+    assert line.startswith("--memory-gb memory_gb: ")
+    assert "expected a number at most " in line
     assert tree(project) == before
 
 
@@ -632,13 +663,16 @@ def test_every_flag_goes_over_the_files(cli, project: Path, teacher_folder: Path
     given = {
         "teacher": str(student_folder),
         "student": str(teacher_folder),
+        "divergence": "jensen_shannon",
         "temperature": "3.5",
         "alpha": "0.25",
         "iters": "1",
+        "patience": "7",
         "learning-rate": "3e-5",
         "batch-size": "3",
         "max-seq-length": "48",
         "rank": "3",
+        "memory-gb": "1.5",
         "cache-bytes": "200",
         "cache-gb": "1",
         "prompts": "mine",
@@ -754,8 +788,8 @@ def test_ctrl_c_ends_with_code_130_and_no_traceback(interrupted: SimpleNamespace
 
 
 def test_ctrl_c_is_confirmed_in_a_last_line(interrupted: SimpleNamespace) -> None:
-    line = "true-kd: stopped by Ctrl-C. Finished domains and captured replies are kept."
-    assert interrupted.err.lstrip("\n") == f"{line}\n"
+    kept = "Finished domains, captured replies and checkpoints are kept: run it again to go on."
+    assert interrupted.err.lstrip("\n") == f"true-kd: stopped by Ctrl-C. {kept}\n"
 
 
 def test_after_ctrl_c_the_folder_is_free_and_has_no_half_written_file(

@@ -180,6 +180,26 @@ def on_stdout(monkeypatch: pytest.MonkeyPatch, *shown_events: events.Event, term
             "cats: targets at T = 2: gradient 2.1° off (cosine 0.9993), tail 9.1%, KD floor 0.01\n"
             "cats: targets of 21 bytes/token, 32.1 kB; most sampled at prompts/cats/valid.jsonl:3 token 7 (95%)",
         ),
+        (
+            events.TrainingStarted("cats", 20, COUNTS, made=12),
+            "cats: goes on from the checkpoint of iteration 12\n"
+            "cats: training on 1,234 of 56,789 tokens (9 examples, 1 held out)",
+        ),
+        (
+            events.DivergenceCoarsened("cats", "reverse_kl", 0.0914),
+            "cats: reverse_kl from sampled targets: the ids kept exactly one by one, all others (9.1% of the "
+            "distribution) as one; with targets.preset exact each by itself",
+        ),
+        (
+            events.MemoryShort("cats", 3_200_000_000, 2_000_000_000, recomputes=False),
+            "cats: the longest example alone takes about 3.2 GB, expected at most 2.0 GB (--memory-gb): set "
+            "training.grad_checkpoint=true, or lower --max-seq-length",
+        ),
+        (
+            events.MemoryShort("cats", 3_200_000_000, 2_000_000_000, recomputes=True),
+            "cats: the longest example alone takes about 3.2 GB, expected at most 2.0 GB (--memory-gb): lower "
+            "--max-seq-length",
+        ),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
 )
@@ -240,6 +260,28 @@ def test_a_stage_reports_about_ten_times_and_at_its_end(iters: int, lines: int) 
     reported = shown(events.TrainingStarted("cats", iters, COUNTS), *steps).splitlines()[1:]
     assert len(reported) == lines
     assert reported[-1].startswith(f"cats: {iters}/{iters} loss 1.5000 kd 1.0000 ce 2.0000 lr 1.00e-04 ")
+
+
+def test_a_run_that_goes_on_reports_its_end_as_well() -> None:
+    steps = [events.Stepped("cats", step(iteration)) for iteration in range(13, 21)]
+    reported = shown(events.TrainingStarted("cats", 20, COUNTS, made=12), *steps).splitlines()[2:]
+    assert [line.split()[1] for line in reported] == ["13/20", "14/20", "16/20", "18/20", "20/20"]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_a_divergence_or_a_budget_means_is_told_everywhere(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = (
+        events.TrainingStarted("cats", 20, COUNTS, made=12),
+        events.DivergenceCoarsened("cats", "reverse_kl", 0.1),
+        events.MemoryShort("cats", 2, 1, recomputes=False),
+        events.Stepped("cats", step(13)),
+        finished(RESULT),
+    )
+    text = ESCAPE.sub("", on_stdout(monkeypatch, *seen, terminal=terminal, TERM="xterm-256color"))
+    for words in ("goes on from the checkpoint of iteration 12", "reverse_kl from sampled targets", "(--memory-gb)"):
+        assert words in text
 
 
 def test_the_second_domain_reports_like_the_first() -> None:

@@ -173,10 +173,12 @@ def test_the_last_step_is_validated_and_saved_whatever_the_interval(place: Place
 
 def test_the_metrics_hold_the_curves(finished: tuple[Place, Run]) -> None:
     place, run = finished
-    curves = metrics_of(place)["curves"]
-    for name in ("total", "kd", "ce", "learning_rate", "response_tokens", "tokens_per_second", "peak_memory"):
-        assert len(curves[name]) == 4, name
-        assert all(value > 0 for value in curves[name]), name
+    curves, timings = (metrics_of(place)[name] for name in ("curves", "timings"))
+    for name, values in {**curves, **timings}.items():
+        assert len(values) == 4, name
+        assert all(value > 0 for value in values), name
+    assert {"total", "kd", "ce", "learning_rate", "response_tokens"} < set(curves)
+    assert set(timings) == {"seconds", "tokens_per_second", "peak_memory"}
     assert curves["iteration"] == [1, 2, 3, 4]
     assert curves["total"] == [event.step.total for event in run.of(events.Stepped)]
 
@@ -291,9 +293,9 @@ def test_the_adapter_on_disk_measures_as_the_result_says(place: Place, student_f
     run = Run(list(distill(jobs, failures)))
     student = open_model(ModelOptions(model=str(student_folder)), "student")
     data = build_data(jobs[0], student)
-    assert evaluate(student.module, data.valid, jobs[0].config.losses, 4) == run.results["a"].before
+    assert evaluate(student.module, data.valid, jobs[0].config.losses.final, 4) == run.results["a"].before
     load_adapter(student.module, place.out / "a")
-    assert evaluate(student.module, data.valid, jobs[0].config.losses, 4) == run.results["a"].after
+    assert evaluate(student.module, data.valid, jobs[0].config.losses.final, 4) == run.results["a"].after
 
 
 # Doing nothing twice

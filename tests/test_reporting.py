@@ -146,6 +146,10 @@ def edited(**changes: Any) -> Callable[[dict[str, Any]], Any]:
         lambda record: [],
         lambda record: {**record, "result": {**record["result"], "best_iteration": "two"}},
         lambda record: {name: value for name, value in record.items() if name != "curves"},
+        edited(timings=None),
+        edited(timings={}),
+        edited(timings={"seconds": [0.1], "tokens_per_second": [1.0], "peak_memory": [1]}),
+        lambda record: {name: value for name, value in record.items() if name != "timings"},
     ],
 )
 def test_metrics_that_cannot_be_understood_are_no_result(tmp_path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
@@ -163,12 +167,35 @@ def test_half_a_metrics_file_is_no_result(tmp_path: Path, length: int) -> None:
     assert read_result(tmp_path / "a", DIGEST) is None
 
 
-def test_the_curves_have_one_list_per_quantity(tmp_path: Path) -> None:
+def test_curves_and_timings_have_one_list_per_quantity(tmp_path: Path) -> None:
     written = write(tmp_path)
-    curves = json.loads((tmp_path / "a" / "kd_metrics.json").read_text())["curves"]
-    assert set(curves) == set(StepMetrics.__dataclass_fields__)
-    for name, values in curves.items():
+    record = json.loads((tmp_path / "a" / "kd_metrics.json").read_text())
+    assert set(record["timings"]) == set(StepMetrics.MEASURED)
+    assert set(record["curves"]) == set(StepMetrics.__dataclass_fields__) - set(StepMetrics.MEASURED) - {"MEASURED"}
+    for name, values in {**record["curves"], **record["timings"]}.items():
         assert values == [getattr(step, name) for step in written.steps]
+
+
+def test_the_curves_have_nothing_that_depends_on_the_clock(tmp_path: Path) -> None:
+    write(tmp_path / "one")
+    slower = tuple(
+        replace(step(iteration), seconds=9.0, tokens_per_second=1.0, peak_memory=1) for iteration in (1, 2, 3)
+    )
+    write(tmp_path / "other", steps=slower)
+    one, other = (json.loads((tmp_path / name / "a" / "kd_metrics.json").read_text()) for name in ("one", "other"))
+    assert one["curves"] == other["curves"]
+    assert one["timings"] != other["timings"]
+
+
+def test_metrics_of_the_first_format_are_no_result(tmp_path: Path) -> None:
+    """It had the timings among the curves."""
+    write(tmp_path)
+    path = tmp_path / "a" / "kd_metrics.json"
+    record = json.loads(path.read_text())
+    curves = {**record["curves"], **record.pop("timings")}
+    path.write_text(json.dumps({**record, "format": 1, "curves": curves}))
+    assert read_result(tmp_path / "a") is None
+    assert json.loads(write_summary(tmp_path, [], {}, 1.0).read_text())["domains"] == {}
 
 
 # The summary

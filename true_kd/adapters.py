@@ -61,7 +61,8 @@ def save_adapter(
         "true_kd": dict(settings),
     }
     write_json(folder / CONFIG, config)
-    write_atomic(folder / WEIGHTS, lambda path: mx.save_safetensors(str(path), dict(weights)))
+    # By name, as the file depends on the order: the same adapter is the same bytes.
+    write_atomic(folder / WEIGHTS, lambda path: mx.save_safetensors(str(path), dict(sorted(weights.items()))))
 
 
 def load_adapter(module: nn.Module, folder: Path) -> None:

@@ -106,12 +106,12 @@ def collate(
     Sequences and rows are padded to a multiple of `multiple`, rows by such as weigh nothing: shapes that repeat are
     compiled once.
     """
-    width = _round_up(max(len(example) for example in examples), multiple)
+    width = round_up(max(len(example) for example in examples), multiple)
     tokens = np.zeros((len(examples), width), dtype=np.int32)
     for index, example in enumerate(examples):
         tokens[index, : len(example)] = example.tokens
     count = sum(len(example.kept) for example in examples)
-    rows = _round_up(count, multiple)
+    rows = round_up(count, multiple)
 
     def padded(parts: Sequence[np.ndarray], dtype: type) -> mx.array:
         out = np.zeros(rows, dtype=dtype)
@@ -130,7 +130,8 @@ def collate(
     )
 
 
-def _round_up(number: int, multiple: int) -> int:
+def round_up(number: int, multiple: int) -> int:
+    """The smallest multiple that is no smaller than `number`."""
     return -(-number // multiple) * multiple
 
 
@@ -144,7 +145,7 @@ def _lay_out(examples: Sequence[Example], temperature: float, weigh: Weigh, rows
     targets = SparseTargets.join([example.targets for example in examples])
     counts = np.zeros(rows, dtype=np.int64)
     counts[: len(targets)] = np.diff(targets.offsets)
-    filled = np.arange(_round_up(int(counts.max(initial=1)), multiple))[None] < counts[:, None]
+    filled = np.arange(round_up(int(counts.max(initial=1)), multiple))[None] < counts[:, None]
 
     def padded(values: np.ndarray, dtype: type) -> mx.array:
         out = np.zeros(filled.shape, dtype=dtype)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field
 
@@ -129,9 +129,18 @@ def describe_key(path: KeyPath) -> str:
     for key in path[:-1]:
         options = getattr(options, str(key))
     field = type(options).model_fields[str(path[-1])]
-    limits = {name: getattr(rule, name) for rule in field.metadata for name in ("ge", "le") if hasattr(rule, name)}
-    bounds = f"{limits['ge']:g} to {limits['le']:g}, " if len(limits) == 2 else ""
+    # Beside null, bounds stand in the part of the type that is a number.
+    parts = [field.metadata, *(getattr(part, "__metadata__", ()) for part in get_args(field.annotation))]
+    rules = [rule for part in parts for found in part for rule in getattr(found, "metadata", [found])]
+    limits = {name: getattr(rule, name) for rule in rules for name in _BOUNDS if hasattr(rule, name)}
+    if "ge" in limits and "le" in limits:
+        bounds = f"{limits['ge']:g} to {limits['le']:g}, "
+    else:
+        bounds = "".join(f"{_BOUNDS[name]} {limit:g}, " for name, limit in limits.items())
     return f"{' '.join((field.description or '').split())} [{bounds}default: {getattr(options, str(path[-1]))}]"
+
+
+_BOUNDS = {"ge": "at least", "gt": "above", "le": "at most"}
 
 
 _SEAMS = ("teacher", "student")

@@ -24,7 +24,7 @@ from true_kd.losses import ForwardKL, Objective, chunks, token_losses
 from true_kd.models import Split, split_head
 from true_kd.options import Fraction, Options, PositiveInt
 from true_kd.targets import SparseTargets
-from true_kd.training import sum_gradients
+from true_kd.training import Room, sum_gradients
 
 
 class FidelityOptions(Options):
@@ -92,11 +92,12 @@ def certify(
     options: FidelityOptions,
     cache_bytes: int,
     cache_tokens: int,
+    room: Room | None = None,
 ) -> Fidelity:
     """Measure the targets of the first held-out examples with a student whose adapter is in place.
 
-    `cache_bytes` and `cache_tokens` are those of the domain's cache files. A divergence that no sample can give is
-    stood for by forward KL. Leaves the student in evaluation mode.
+    `cache_bytes` and `cache_tokens` are those of the domain's cache files; `room` cuts batches to fit the memory. A
+    divergence that no sample can give is stood for by forward KL. Leaves the student in evaluation mode.
     """
     chosen: list[Example] = []
     while len(chosen) < len(examples) and sum(len(example.kept) for example in chosen) < options.tokens:
@@ -110,7 +111,8 @@ def certify(
     tails = [_tail_mass(example, temperature) for example in chosen]
     if isinstance(chosen[0].targets, SparseTargets):
         rng = np.random.default_rng(0)
-        groups = [chosen[at : at + batch_size] for at in range(0, len(chosen), batch_size)]
+        batches = [chosen[at : at + batch_size] for at in range(0, len(chosen), batch_size)]
+        groups = [part for batch in batches for part in (room.cut(batch) if room else [batch])]
         whole = [collate(group, temperature) for group in groups]
         flipped = [collate(group, temperature, lambda *given: _flip(*given, rng)) for group in groups]
         split = split_head(student)

@@ -18,6 +18,7 @@ import mlx.core as mx
 from filelock import FileLock, Timeout
 
 from true_kd import events, reporting
+from true_kd.checkpoints import drop_states
 from true_kd.errors import InputError, LockedError, TrueKDError
 from true_kd.files import make_folder, remove_temporaries
 from true_kd.jobs import Job, find_teacher, refuse
@@ -195,6 +196,7 @@ def _skip_finished(jobs: Sequence[Job], ledger: _Ledger) -> Generator[events.Eve
     for job in jobs:
         finished = None if job.config.fresh else reporting.read_result(job.folder, job.run_digest)
         if finished is not None:
+            drop_states(job.folder)
             yield ledger.finished(finished)
             continue
         try:
@@ -218,7 +220,7 @@ def _capture_all(
     group: Sequence[Job], ledger: _Ledger, everyone: Sequence[Job]
 ) -> Generator[events.Event, None, list[Job]]:
     """The jobs whose targets are in the cache. When this returns, the teacher is gone from memory."""
-    set_guards(budget_bytes(group[0].config.memory_gb))
+    set_guards(budget_bytes(None))
     mx.reset_peak_memory()
     captured: list[Job] = []
     try:

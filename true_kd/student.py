@@ -57,7 +57,8 @@ def distill_student(job: Job) -> Generator[events.Event, None, KDResult]:
     student_parameters = parameter_count(student.module)
     mx.random.seed(config.seed)
     add_lora(student.module, config.lora)
-    fidelity = _certify(job, student, data)
+    room = Room(student.module, data.train, config.training, config.losses, budget)
+    fidelity = _certify(job, student, data, room)
     clock.stop("evaluation")
     # With alpha 0 nothing is taken from the targets.
     poor = config.losses.distils and fidelity.is_poor(config.fidelity)
@@ -69,7 +70,6 @@ def distill_student(job: Job) -> Generator[events.Event, None, KDResult]:
     sampled = config.losses.final.divergence.sampled
     if not sampled and config.losses.distils and job.targets.cache.head_path is None:
         yield events.DivergenceCoarsened(job.domain, config.losses.divergence, fidelity.tail_mass)
-    room = Room(student.module, data.train, config.training, config.losses, budget)
     if (need := room.need(data.train)) > budget:
         yield events.MemoryShort(job.domain, need, budget, config.training.grad_checkpoint)
     _begin_folder(job, made)
@@ -109,7 +109,7 @@ def distill_student(job: Job) -> Generator[events.Event, None, KDResult]:
     return result
 
 
-def _certify(job: Job, student: LanguageModel, data: DomainData) -> Fidelity:
+def _certify(job: Job, student: LanguageModel, data: DomainData, room: Room) -> Fidelity:
     config = job.config
     return certify(
         student.module,
@@ -119,6 +119,7 @@ def _certify(job: Job, student: LanguageModel, data: DomainData) -> Fidelity:
         config.fidelity,
         data.counts.cache_bytes,
         data.counts.cache_tokens,
+        room,
     )
 
 

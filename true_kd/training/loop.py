@@ -118,7 +118,7 @@ def train(
     compiled = compiles(options, losses)
     gradients = Gradients(student, compiled)
     update = Update(student, state.optimizer, options.grad_clip, compiled)
-    plan = Plan(examples, options, losses, seed, room, _SHAPE_MULTIPLE if compiled else 1)
+    plan = Plan(examples, options, losses, seed, room)
     laid_out = plan.batches(state.iteration + 1)
     upcoming = next(laid_out, None)
     while upcoming is not None:
@@ -162,7 +162,3 @@ def train(
             peak_memory=mx.get_peak_memory(),
         )
         student.train()
-
-
-_SHAPE_MULTIPLE = 32
-"""Sequences, rows and entries are padded to a multiple of it where shapes are compiled."""

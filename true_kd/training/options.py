@@ -56,3 +56,8 @@ def compiles(options: TrainingOptions, losses: LossOptions) -> bool:
     if losses.temperature_end is not None or options.compile == "never":
         return False
     return options.compile == "always" or mx.default_device() != mx.Device(mx.cpu)
+
+
+def shape_multiple(options: TrainingOptions, losses: LossOptions) -> int:
+    """What sequences, rows and entries are padded to a multiple of: shapes that repeat are compiled once."""
+    return 32 if compiles(options, losses) else 1

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from true_kd.batching import Batch, BatchOrder, collate
+from true_kd.batching import Batch, BatchOrder, collate, round_up
 from true_kd.examples import Example
 from true_kd.losses import LossOptions, Objective, chunk_rows
 from true_kd.memory import StepMemory, split_micro_batch
 from true_kd.models import split_head
 from true_kd.targets import HiddenTargets
-from true_kd.training.options import TrainingOptions
+from true_kd.training.options import TrainingOptions, shape_multiple
 
 
 class Room:
@@ -34,17 +34,22 @@ class Room:
         self._memory = StepMemory.of(student, vocab, chunk, options.grad_checkpoint, dense)
         self._weights = sum(leaf.nbytes for _, leaf in tree_flatten(student.parameters()))
         self._left = budget - self._weights
+        self._multiple = shape_multiple(options, losses)
 
     def need(self, examples: Sequence[Example]) -> int:
         """Bytes that the largest of the examples takes when it stands alone, the weights included."""
-        return self._weights + max(self._memory.bytes(1, len(example), len(example.kept)) for example in examples)
+        needs = [self._memory.bytes(1, self._width(example), len(example.kept)) for example in examples]
+        return self._weights + max(needs)
 
     def cut(self, examples: Sequence[Example]) -> list[list[Example]]:
         """The examples in as few parts as fit; one that does not fit stands alone."""
-        lengths = [len(example) for example in examples]
+        lengths = [self._width(example) for example in examples]
         rows = [len(example.kept) for example in examples]
         parts = split_micro_batch(lengths, rows, self._memory, self._left)
         return [[examples[at] for at in part] for part in parts]
+
+    def _width(self, example: Example) -> int:
+        return round_up(len(example), self._multiple)
 
 
 class Plan:
@@ -57,14 +62,13 @@ class Plan:
         losses: LossOptions,
         seed: int,
         room: Room | None,
-        multiple: int,
     ) -> None:
         self._examples = examples
         self._options = options
         self._losses = losses
         self._order = BatchOrder([len(example) for example in examples], options, seed)
         self._room = room
-        self._multiple = multiple
+        self._multiple = shape_multiple(options, losses)
 
     def objective(self, iteration: int) -> Objective:
         """The losses of a step, counted from 1."""
