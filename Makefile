@@ -10,7 +10,7 @@ demo: install
 	$(VENV)/bin/true-kd demo
 
 test: install
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses auto
 
 install: $(STAMP)
 
