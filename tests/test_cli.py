@@ -758,6 +758,11 @@ def test_debug_shows_where_an_error_was_raised(cli, project: Path, monkeypatch: 
     refused(cli("distill", "-d", "cats", "--alpha", "2"))
 
 
+def hear_ctrl_c() -> None:
+    """For a child process: what a shell starts in the background does not hear it, nor do its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture(scope="module")
 def interrupted(
     tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, student_folder: Path
@@ -773,6 +778,7 @@ def interrupted(
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=hear_ctrl_c,
     ) as process:
         for line in process.stdout:
             if "1/1000000" in line:
@@ -935,6 +941,7 @@ def test_a_capture_that_got_ctrl_c_goes_on_where_it_was(cli, project: Path) -> N
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=hear_ctrl_c,
     ) as process:
         for line in process.stdout:
             if "captured 2/6" in line:

@@ -191,14 +191,24 @@ def on_stdout(monkeypatch: pytest.MonkeyPatch, *shown_events: events.Event, term
             "distribution) as one; with targets.preset exact each by itself",
         ),
         (
-            events.MemoryShort("cats", 3_200_000_000, 2_000_000_000, recomputes=False),
+            events.MemoryShort("cats", 3_200_000_000, 1_000_000_000, 2_000_000_000, recomputes=False),
             "cats: the longest example alone takes about 3.2 GB, expected at most 2.0 GB (--memory-gb): set "
             "training.grad_checkpoint=true, or lower --max-seq-length",
         ),
         (
-            events.MemoryShort("cats", 3_200_000_000, 2_000_000_000, recomputes=True),
+            events.MemoryShort("cats", 3_200_000_000, 1_000_000_000, 2_000_000_000, recomputes=True),
             "cats: the longest example alone takes about 3.2 GB, expected at most 2.0 GB (--memory-gb): lower "
             "--max-seq-length",
+        ),
+        (
+            events.MemoryShort("cats", 3_200_000_000, 2_500_000_000, 2_000_000_000, recomputes=False),
+            "cats: the student's weights alone take 2.5 GB, expected less than 2.0 GB (--memory-gb): raise it, or "
+            "choose a smaller or quantised student",
+        ),
+        (
+            events.CheckpointsReplaced("cats", 900),
+            "cats: starts anew; the checkpoints here, up to iteration 900, are of other settings, prompts or models, "
+            "and are replaced",
         ),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
@@ -275,7 +285,7 @@ def test_what_a_divergence_or_a_budget_means_is_told_everywhere(
     seen = (
         events.TrainingStarted("cats", 20, COUNTS, made=12),
         events.DivergenceCoarsened("cats", "reverse_kl", 0.1),
-        events.MemoryShort("cats", 2, 1, recomputes=False),
+        events.MemoryShort("cats", 3, 1, 2, recomputes=False),
         events.Stepped("cats", step(13)),
         finished(RESULT),
     )

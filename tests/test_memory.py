@@ -257,3 +257,20 @@ def test_no_fewer_parts_of_neighbours_in_length_would_fit(batch: list[tuple[int,
         starts = [start for start in range(stop) if stop - start == 1 or needs(order[start:stop], batch) <= budget]
         fewest.append(1 + min(fewest[start] for start in starts))
     assert len(cut(batch, budget)) == fewest[-1]
+
+
+def test_a_part_has_no_more_tokens_than_are_allowed_but_for_a_single_sequence() -> None:
+    memory = StepMemory(0.0, 0.0, 0.0, 0.0, 0, 0.0, 16, 0)
+    lengths = [100, 50, 60, 900]
+    parts = split_micro_batch(lengths, [1] * 4, memory, 10**12, most_tokens=200)
+    assert all(len(part) == 1 or len(part) * max(lengths[at] for at in part) <= 200 for part in parts)
+    assert sorted(at for part in parts for at in part) == [0, 1, 2, 3]
+    assert split_micro_batch(lengths, [1] * 4, memory, 10**12) == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_a_quantised_layer_is_as_wide_as_it_was(bits: int) -> None:
+    from true_kd.memory import _linear_widths
+
+    layer = nn.QuantizedLinear(1536, 64, bits=bits, group_size=64)
+    assert _linear_widths(layer) == (1536, 64)

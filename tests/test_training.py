@@ -34,7 +34,7 @@ from true_kd.training import (
     sum_gradients,
     train,
 )
-from true_kd.training.options import compiles
+from true_kd.training.options import compiles_gradient
 
 TOKENS = 300
 """Ids that examples use; the models have 320 rows."""
@@ -643,7 +643,7 @@ def test_what_is_compiled_is_not_compiled_again_when_alpha_changes(student_folde
 def test_a_step_is_compiled_where_it_would_not_be_compiled_each_time(
     compile: str, losses: dict, expected: bool
 ) -> None:
-    assert compiles(TrainingOptions(compile=compile), LossOptions(**losses)) is expected
+    assert compiles_gradient(TrainingOptions(compile=compile), LossOptions(**losses)) is expected
 
 
 # Micro-batches and the room they have

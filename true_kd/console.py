@@ -89,7 +89,17 @@ class LineView:
                     f"{domain}: {divergence} from sampled targets: the ids kept exactly one by one, all others "
                     f"({tail_mass:.1%} of the distribution) as one; with targets.preset exact each by itself"
                 )
-            case events.MemoryShort(domain, need, budget, recomputes):
+            case events.CheckpointsReplaced(domain, newest):
+                self.say(
+                    f"{domain}: starts anew; the checkpoints here, up to iteration {newest}, are of other settings, "
+                    "prompts or models, and are replaced"
+                )
+            case events.MemoryShort(domain, _, weights, budget, _) if weights >= budget:
+                self.say(
+                    f"{domain}: the student's weights alone take {_size(weights)}, expected less than {_size(budget)} "
+                    "(--memory-gb): raise it, or choose a smaller or quantised student"
+                )
+            case events.MemoryShort(domain, need, _, budget, recomputes):
                 remedy = "" if recomputes else "set training.grad_checkpoint=true, or "
                 self.say(
                     f"{domain}: the longest example alone takes about {_size(need)}, expected at most {_size(budget)} "

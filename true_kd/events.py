@@ -96,13 +96,25 @@ class DivergenceCoarsened:
 
 
 @dataclass(frozen=True)
+class CheckpointsReplaced:
+    """Checkpoints in the domain's folder are of a run with other settings, prompts or models, and give way."""
+
+    domain: str
+    newest: int
+    """The last iteration of theirs."""
+
+
+@dataclass(frozen=True)
 class MemoryShort:
     """The longest example by itself is expected to take more than the budget of memory; it is tried all the same."""
 
     domain: str
     need: int
     """Bytes, the student's weights included."""
+    weights: int
+    """Bytes of the student's weights."""
     budget: int
+    """Bytes."""
     recomputes: bool
     """Whether gradient checkpointing is on already."""
 
@@ -170,6 +182,7 @@ Event = (
     | TrainingStarted
     | Certified
     | DivergenceCoarsened
+    | CheckpointsReplaced
     | MemoryShort
     | Stepped
     | Validated

@@ -190,7 +190,18 @@ class StepMemory:
         return int(self.fixed + self.row * rows + self.token * tokens + self.pair * pairs + max(loss, backward))
 
 
-def split_micro_batch(lengths: Sequence[int], rows: Sequence[int], memory: StepMemory, budget: int) -> list[list[int]]:
+METAL_TOKENS = 4096
+"""The most tokens, padding included, that a micro-batch of several sequences has on Metal: macOS stops GPU work that
+takes seconds while a display is lit. A guess, untested on a Mac."""
+
+
+def split_micro_batch(
+    lengths: Sequence[int],
+    rows: Sequence[int],
+    memory: StepMemory,
+    budget: int,
+    most_tokens: int | None = None,
+) -> list[list[int]]:
     """The positions of a micro-batch's sequences in as few parts as fit the budget, neighbours in length together.
 
     Parameters
@@ -199,10 +210,14 @@ def split_micro_batch(lengths: Sequence[int], rows: Sequence[int], memory: StepM
         tokens of each sequence, and those of them that pass the output head.
     budget
         bytes left above the weights. A sequence that does not fit alone stands alone.
+    most_tokens
+        tokens of a part, padding included; None for no limit.
     """
 
     def fits(part: Sequence[int]) -> bool:
         width = max(lengths[at] for at in part)
+        if most_tokens is not None and len(part) * width > most_tokens:
+            return False
         return memory.bytes(len(part), width, sum(rows[at] for at in part)) <= budget
 
     everything = list(range(len(lengths)))
@@ -287,7 +302,9 @@ def _linear_widths(part: nn.Module) -> tuple[int, int] | None:
     weight = part.get("weight")
     if weight is None or weight.ndim < 2:
         return None
-    return weight.shape[-1] * (32 // part.bits if "scales" in part else 1), weight.shape[-2]
+    # Packed into words of 32 bits; numbers of 3, 5 and 6 bits lie across them.
+    width = weight.shape[-1] * 32 // part.bits if "scales" in part else weight.shape[-1]
+    return width, weight.shape[-2]
 
 
 def _adapter_copies(adapter: Any, size: int) -> int:

@@ -26,6 +26,9 @@ SPLITS = ("train", "valid")
 ROLES = ("system", "user", "assistant", "tool")
 """The roles a message may have."""
 
+MOST_REWARD = 1e9
+"""The largest reward that a record may bear."""
+
 SYSTEM_FILE = "system.md"
 """The file of a domain folder that holds the system message."""
 
@@ -340,8 +343,8 @@ def _to_reward(value: Any) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         refuse(f"reward: {name_of(type(value))}, expected a number. Write one without quotes", "reward")
-    if not 0 <= value < float("inf"):
-        refuse(f"reward: {value}, expected a number from 0: it weighs the reply's tokens. Shift it", "reward")
+    if not 0 <= value <= MOST_REWARD:
+        refuse(f"reward: {str(value)[:20]}, expected a number from 0 to {MOST_REWARD:g}, a weight. Scale it", "reward")
     return float(value)
 
 

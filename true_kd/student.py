@@ -41,6 +41,8 @@ def distill_student(job: Job) -> Generator[events.Event, None, KDResult]:
     data = build_data(job, student)
     checkpoint = None if config.fresh else find_checkpoint(job.folder, job.run_digest)
     made = checkpoint.progress.iteration if checkpoint else 0
+    if not (checkpoint or config.fresh) and (others := adapters.checkpoints(job.folder)):
+        yield events.CheckpointsReplaced(job.domain, max(others))
     yield events.TrainingStarted(job.domain, config.training.iters, data.counts, made)
 
     clock = _Clock()
@@ -57,8 +59,10 @@ def distill_student(job: Job) -> Generator[events.Event, None, KDResult]:
     student_parameters = parameter_count(student.module)
     mx.random.seed(config.seed)
     add_lora(student.module, config.lora)
+    held = job.targets.cache.head_path
+    budget -= held.stat().st_size if held else 0
     room = Room(student.module, data.train, config.training, config.losses, budget)
-    fidelity = _certify(job, student, data, room)
+    fidelity = _certify(job, student, data, budget)
     clock.stop("evaluation")
     # With alpha 0 nothing is taken from the targets.
     poor = config.losses.distils and fidelity.is_poor(config.fidelity)
@@ -71,7 +75,7 @@ def distill_student(job: Job) -> Generator[events.Event, None, KDResult]:
     if not sampled and config.losses.distils and job.targets.cache.head_path is None:
         yield events.DivergenceCoarsened(job.domain, config.losses.divergence, fidelity.tail_mass)
     if (need := room.need(data.train)) > budget:
-        yield events.MemoryShort(job.domain, need, budget, config.training.grad_checkpoint)
+        yield events.MemoryShort(job.domain, need, room.weights, budget, config.training.grad_checkpoint)
     _begin_folder(job, made)
     run = yield from _train(job, student, data, clock, room, checkpoint)
 
@@ -109,8 +113,10 @@ def distill_student(job: Job) -> Generator[events.Event, None, KDResult]:
     return result
 
 
-def _certify(job: Job, student: LanguageModel, data: DomainData, room: Room) -> Fidelity:
+def _certify(job: Job, student: LanguageModel, data: DomainData, budget: int) -> Fidelity:
     config = job.config
+    # Layers recompute in training mode only, and with dropout the certificate would measure that.
+    plainly = config.training.model_copy(update={"grad_checkpoint": False})
     return certify(
         student.module,
         data.valid,
@@ -119,7 +125,7 @@ def _certify(job: Job, student: LanguageModel, data: DomainData, room: Room) -> 
         config.fidelity,
         data.counts.cache_bytes,
         data.counts.cache_tokens,
-        room,
+        Room(student.module, data.valid, plainly, config.losses, budget),
     )
 
 

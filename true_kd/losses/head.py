@@ -71,11 +71,10 @@ def head_losses(
         if trained is not None:
             trained.update(inputs["own"])
         logits = head(inputs["states"]).astype(mx.float32)
-        part, slope = _losses_and_slope(mx.stop_gradient(logits), *inputs_of(rows), objective)
+        part, slope = _losses_and_slope(
+            mx.stop_gradient(logits), labels[rows], targets.rows(rows.start, rows.stop), weights[rows], objective
+        )
         return mx.sum(logits * slope), part
-
-    def inputs_of(rows: slice) -> tuple[mx.array, BatchTargets, mx.array]:
-        return labels[rows], targets.rows(rows.start, rows.stop), weights[rows]
 
     for rows in chunks(head, hidden, objective):
         states = hidden[rows]

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map_with_path
 from pydantic import Field
 
 from true_kd import pocket
@@ -289,7 +290,7 @@ def open_model(options: ModelOptions, seam: str) -> LanguageModel:
     if on_cpu:
         module.set_dtype(mx.float32)
     elif seam == "student":
-        module.set_dtype(mx.bfloat16, lambda dtype: dtype == mx.float32)
+        _halve(module)
     if options.adapter is not None:
         _put_on(module, options, seam)
         if on_cpu:
@@ -297,6 +298,19 @@ def open_model(options: ModelOptions, seam: str) -> LanguageModel:
     module.eval()
     mx.eval(module.parameters())
     return LanguageModel(text.name, text.tokenizer, text.size, text.digest, module)
+
+
+def _halve(module: nn.Module) -> None:
+    """Have a model of float32 alone compute in bfloat16, but for what its family keeps in float32."""
+    floats = [leaf for _, leaf in tree_flatten(module.parameters()) if mx.issubdtype(leaf.dtype, mx.floating)]
+    if all(leaf.dtype == mx.float32 for leaf in floats):
+        wanted = getattr(module, "cast_predicate", lambda _: True)
+        module.update(
+            tree_map_with_path(
+                lambda path, leaf: leaf.astype(mx.bfloat16) if leaf.dtype == mx.float32 and wanted(path) else leaf,
+                module.parameters(),
+            )
+        )
 
 
 def _put_on(module: nn.Module, options: ModelOptions, seam: str) -> None:

@@ -96,7 +96,10 @@ def sum_gradients(
 
 
 class Update:
-    """Applies a step: divides by its tokens, clips, and leaves everything as it was where a number is not finite."""
+    """Applies a step: divides by its tokens and clips.
+
+    Where a number is not finite the parameters stay as they were; the optimizer's state is then lost.
+    """
 
     def __init__(self, student: nn.Module, optimizer: optim.Optimizer, grad_clip: float, compiled: bool) -> None:
         self._student = student

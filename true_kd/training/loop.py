@@ -24,7 +24,7 @@ from true_kd.examples import Example
 from true_kd.losses import LossOptions, LossSums
 from true_kd.models import recompute_layers
 from true_kd.training.gradients import Gradients, Update
-from true_kd.training.options import TrainingOptions, compiles, learning_rate_at
+from true_kd.training.options import TrainingOptions, compiles_gradient, compiles_update, learning_rate_at
 from true_kd.training.plan import Plan, Room
 
 
@@ -115,9 +115,8 @@ def train(
     if options.grad_checkpoint:
         recompute_layers(student)
     student.train()
-    compiled = compiles(options, losses)
-    gradients = Gradients(student, compiled)
-    update = Update(student, state.optimizer, options.grad_clip, compiled)
+    gradients = Gradients(student, compiles_gradient(options, losses))
+    update = Update(student, state.optimizer, options.grad_clip, compiles_update(options))
     plan = Plan(examples, options, losses, seed, room)
     laid_out = plan.batches(state.iteration + 1)
     upcoming = next(laid_out, None)
@@ -142,7 +141,7 @@ def train(
             mx.async_eval(pending)
             upcoming = next(laid_out, None)
             mx.eval(pending)
-        means = [value.item() for value in (sums.total / tokens, sums.kd / tokens, sums.ce / tokens, norm)]
+        means = [sums.total.item() / tokens, sums.kd.item() / tokens, sums.ce.item() / tokens, norm.item()]
         for value, what in zip(means, ("the loss", "the KD loss", "the CE loss", "the gradient"), strict=True):
             if not math.isfinite(value):
                 raise NonFinite(iteration, what)

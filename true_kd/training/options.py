@@ -29,7 +29,8 @@ class TrainingOptions(BatchOptions):
     grad_checkpoint: bool = False
     """Compute each layer again in the backward pass: much less memory, on a CPU 40 to 70 % more time."""
     compile: Literal["auto", "always", "never"] = "auto"
-    """Compile the step: auto does so on a GPU; on a CPU it would start a C++ compiler."""
+    """What is compiled: auto the optimizer's update on a GPU; always the gradient as well, and padded to shapes that
+    repeat: where lengths differ much, new shapes cost more than they save. On a CPU it starts a C++ compiler."""
     grad_clip: float = Field(default=1.0, ge=0.0)
     """Largest norm of the gradient; 0 switches clipping off."""
     validate_every: PositiveInt = 50
@@ -51,13 +52,16 @@ def learning_rate_at(iteration: int, options: TrainingOptions) -> float:
     return options.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def compiles(options: TrainingOptions, losses: LossOptions) -> bool:
-    """Whether the step is compiled: a temperature that changes each step would be compiled each step."""
-    if losses.temperature_end is not None or options.compile == "never":
-        return False
-    return options.compile == "always" or mx.default_device() != mx.Device(mx.cpu)
+def compiles_update(options: TrainingOptions) -> bool:
+    """Whether the optimizer's update is compiled: its shapes are the same in every step."""
+    return options.compile == "always" or (options.compile == "auto" and mx.default_device() != mx.Device(mx.cpu))
+
+
+def compiles_gradient(options: TrainingOptions, losses: LossOptions) -> bool:
+    """Whether losses and gradient are compiled: not where the temperature, a constant of theirs, changes each step."""
+    return options.compile == "always" and losses.temperature_end is None
 
 
 def shape_multiple(options: TrainingOptions, losses: LossOptions) -> int:
     """What sequences, rows and entries are padded to a multiple of: shapes that repeat are compiled once."""
-    return 32 if compiles(options, losses) else 1
+    return 32 if compiles_gradient(options, losses) else 1

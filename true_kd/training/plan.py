@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from true_kd.backend import device_name
 from true_kd.batching import Batch, BatchOrder, collate, round_up
 from true_kd.examples import Example
 from true_kd.losses import LossOptions, Objective, chunk_rows
-from true_kd.memory import StepMemory, split_micro_batch
+from true_kd.memory import METAL_TOKENS, StepMemory, split_micro_batch
 from true_kd.models import split_head
 from true_kd.targets import HiddenTargets
 from true_kd.training.options import TrainingOptions, shape_multiple
@@ -35,6 +36,12 @@ class Room:
         self._weights = sum(leaf.nbytes for _, leaf in tree_flatten(student.parameters()))
         self._left = budget - self._weights
         self._multiple = shape_multiple(options, losses)
+        self._most_tokens = METAL_TOKENS if device_name() == "metal" else None
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the student's weights."""
+        return self._weights
 
     def need(self, examples: Sequence[Example]) -> int:
         """Bytes that the largest of the examples takes when it stands alone, the weights included."""
@@ -45,7 +52,7 @@ class Room:
         """The examples in as few parts as fit; one that does not fit stands alone."""
         lengths = [self._width(example) for example in examples]
         rows = [len(example.kept) for example in examples]
-        parts = split_micro_batch(lengths, rows, self._memory, self._left)
+        parts = split_micro_batch(lengths, rows, self._memory, self._left, self._most_tokens)
         return [[examples[at] for at in part] for part in parts]
 
     def _width(self, example: Example) -> int:
