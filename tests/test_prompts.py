@@ -219,7 +219,7 @@ BAD_LINES = [
     ('{"prompt": "a", "reward": true}', ":2:17: reward: a boolean, expected a number"),
     ('{"prompt": "a", "reward": [1]}', ":2:17: reward: a list, expected a number"),
     ('{"prompt": "a", "reward": -1}', ":2:17: reward: -1, expected a number from 0"),
-    ('{"prompt": "a", "reward": 1' + "0" * 400 + "}", ":2:17: reward: 10000000000000000000, expected a number from 0"),
+    ('{"prompt": "a", "reward": 1' + "0" * 100 + "}", ":2:17: reward: 10000000000000000000, expected a number from 0"),
     ('{"text": "a", "reward": -0.5}', ":2:15: reward: -0.5, expected a number from 0"),
     ('{"prompt": "a", "reward": NaN}', ":2:27: 'NaN', expected a finite number"),
     ('{"prompt": "a", "reward": Infinity}', ":2:27: 'Infinity', expected a finite number"),
