@@ -763,6 +763,25 @@ def hear_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def stop_at(words: str, arguments: list[str], folder: Path) -> tuple[int, str]:
+    """Exit code and stderr of a Python command in a folder that gets Ctrl-C when it prints these words."""
+    with subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=hear_ctrl_c,
+    ) as process:
+        for line in process.stdout:
+            if words in line:
+                break
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    return process.returncode, err
+
+
 @pytest.fixture(scope="module")
 def interrupted(
     tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, student_folder: Path
@@ -770,22 +789,8 @@ def interrupted(
     """A training that got Ctrl-C at its first report."""
     folder = lay_out(tmp_path_factory.mktemp("stopped") / "project", teacher_folder, student_folder)
     arguments = ["-m", "true_kd", "distill", "-d", "cats", "--iters", "1000000"]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        preexec_fn=hear_ctrl_c,
-    ) as process:
-        for line in process.stdout:
-            if "1/1000000" in line:
-                break
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
-    return SimpleNamespace(code=process.returncode, err=err, folder=folder)
+    code, err = stop_at("1/1000000", arguments, folder)
+    return SimpleNamespace(code=code, err=err, folder=folder)
 
 
 def test_ctrl_c_ends_with_code_130_and_no_traceback(interrupted: SimpleNamespace) -> None:
@@ -935,20 +940,8 @@ def test_a_capture_that_got_ctrl_c_goes_on_where_it_was(cli, project: Path) -> N
     slow = {"max_tokens": 100, "batch_size": 1, "shard_prompts": 1}
     settings = [part for name, value in slow.items() for part in ("--set", f"capture.{name}={value}")]
     arguments = ["-m", "true_kd", "capture", "-d", "cats", *settings]
-    with subprocess.Popen(
-        [sys.executable, *arguments],
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        preexec_fn=hear_ctrl_c,
-    ) as process:
-        for line in process.stdout:
-            if "captured 2/6" in line:
-                break
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
-    assert (process.returncode, err.strip().count("\n")) == (130, 0)
+    code, err = stop_at("captured 2/6", arguments, project)
+    assert (code, err.strip().count("\n")) == (130, 0)
     assert "stopped by Ctrl-C" in err
     ended = cli("capture", "-d", "cats", *settings)
     assert ended.code == 0

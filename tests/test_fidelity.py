@@ -31,7 +31,7 @@ from true_kd.losses.divergences import JensenShannon, ReverseKL, SkewedReverseKL
 from true_kd.models import LoraOptions, ModelOptions, add_lora, open_model
 from true_kd.reporting import read_result
 from true_kd.targets import HiddenTargets, SparseTargets, TargetOptions, TargetSettings, TeacherHead, encode
-from true_kd.training import sum_gradients
+from true_kd.training import Gradients, sum_gradients
 
 PROMPT, RESPONSE, COUNT = 6, 40, 8
 ALL = FidelityOptions(tokens=10**6)
@@ -79,7 +79,7 @@ class Subject:
         """The adapter's gradient of the mean KD loss as training has it, float64, and that mean."""
         count = sum(len(example.kept) for example in examples)
         objective = Objective(divergence, temperature, 1.0, None)
-        sums, gradient = sum_gradients(self.student, [collate(examples, temperature)], objective, count)
+        sums, gradient = sum_gradients(Gradients(self.student), [collate(examples, temperature)], objective, count)
         return flat(gradient), sums.kd.item() / count
 
 

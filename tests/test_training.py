@@ -666,9 +666,8 @@ def test_the_sums_over_micro_batches_are_those_of_the_whole(student_folder: Path
         assert parts == pytest.approx(getattr(whole, name).item(), rel=1e-5)
     found = sum(flat(part) for _, part in halves)
     assert np.linalg.norm(found - flat(slope)) < 1e-4 * np.linalg.norm(found)
-    sums, mean = sum_gradients(
-        module, [collate(part, objective.temperature) for part in (examples[:2], examples[2:])], objective, tokens=10
-    )
+    batches = [collate(part, objective.temperature) for part in (examples[:2], examples[2:])]
+    sums, mean = sum_gradients(Gradients(module), batches, objective, tokens=10)
     assert sums.total.item() == pytest.approx(whole.total.item(), rel=1e-5)
     assert np.linalg.norm(10 * flat(mean) - flat(slope)) < 1e-4 * np.linalg.norm(found)
 

@@ -21,10 +21,10 @@ from mlx.utils import tree_flatten
 from true_kd.batching import Batch, collate
 from true_kd.examples import Example
 from true_kd.losses import ForwardKL, Objective, chunks, token_losses
-from true_kd.models import Split, split_head
+from true_kd.models import Split
 from true_kd.options import Fraction, Options, PositiveInt
 from true_kd.targets import SparseTargets
-from true_kd.training import Room, sum_gradients
+from true_kd.training import Gradients, Room, sum_gradients
 
 
 class FidelityOptions(Options):
@@ -115,10 +115,10 @@ def certify(
         groups = [part for batch in batches for part in (room.cut(batch) if room else [batch])]
         whole = [collate(group, temperature) for group in groups]
         flipped = [collate(group, temperature, lambda *given: _flip(*given, rng)) for group in groups]
-        split = split_head(student)
-        signal = _square_norm(student, whole, objective, tokens)
-        noise = _square_norm(student, flipped, objective, tokens)
-        squares = sum(_square_sum(split, batch, objective) for batch in flipped)
+        gradients = Gradients(student)
+        signal = _square_norm(gradients, whole, objective, tokens)
+        noise = _square_norm(gradients, flipped, objective, tokens)
+        squares = sum(_square_sum(gradients.split, batch, objective) for batch in flipped)
     seen = _drawn_share(chosen, temperature, tails)
     places = [
         Position(example.where, int(example.kept[at]), float(mass))
@@ -174,9 +174,9 @@ def _flip(targets: SparseTargets, temperature: float, rng: np.random.Generator) 
     return (signs * weights * np.sqrt(1.0 - targets.drawn_chance)).astype(np.float32), logprobs
 
 
-def _square_norm(student: nn.Module, batches: Sequence[Batch], objective: Objective, tokens: int) -> float:
+def _square_norm(gradients: Gradients, batches: Sequence[Batch], objective: Objective, tokens: int) -> float:
     """Squared norm of the mean KD gradient over the batches with respect to the adapter."""
-    _, gradient = sum_gradients(student, batches, objective, tokens)
+    _, gradient = sum_gradients(gradients, batches, objective, tokens)
     return sum(float(mx.sum(mx.square(leaf.astype(mx.float32)))) for _, leaf in tree_flatten(gradient))
 
 

@@ -36,7 +36,7 @@ class Softened:
         self._normaliser = peaks * (1.0 / temperature) + mx.log(self.sums)
 
     @classmethod
-    def both(cls, logits: Float[mx.array, "rows vocab"], temperature: float | mx.array) -> tuple[Softened, Softened]:
+    def both(cls, logits: Float[mx.array, "rows vocab"], temperature: float) -> tuple[Softened, Softened]:
         """Softened by `temperature`, and as it is; at the usual temperatures the one gives the other's exponentials."""
         peaks = mx.max(logits, axis=-1, keepdims=True)
         soft = cls(logits, peaks, temperature)

@@ -83,10 +83,9 @@ class Gradients:
 
 
 def sum_gradients(
-    student: nn.Module, batches: Sequence[Batch], objective: Objective, tokens: int
+    gradients: Gradients, batches: Sequence[Batch], objective: Objective, tokens: int
 ) -> tuple[LossSums, dict]:
     """Sums of the losses over some micro-batches, and the gradient of their total divided by `tokens`."""
-    gradients = Gradients(student)
     sums, gradient = LossSums.zero(), None
     for batch in batches:
         part, slopes = gradients(batch, objective)
