@@ -37,7 +37,7 @@ PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VOCAB_SIZE = 768
 CORPUS_TASKS_PER_DOMAIN = 2000
 PROMPTS_TRAIN, PROMPTS_VALID = 320, 96
-MAX_REPLY_TOKENS = 40
+MAX_REPLY_TOKENS = 64
 LOG_EVERY = 250
 CHAT_TEMPLATE = (
     "{%- if tools %}<|im_start|>system\nTools: {% for tool in tools %}{% set call = tool.function or tool %}"
@@ -100,8 +100,8 @@ RECIPES = {
         num_hidden_layers=2,
         intermediate_size=192,
         num_attention_heads=4,
-        shares=(3, 5, 4, 2, 10, 4),
-        steps=280,
+        shares=(4, 3, 3, 3, 9, 4),
+        steps=360,
     ),
 }
 

@@ -4,6 +4,9 @@ The pocket teacher and student learn from these tasks and are judged on them. Th
 task of each domain looks like, when a reply counts as right (`is_correct`), and which tasks are held out
 (`is_held_out`). The held-out rule reads nothing but the prompt, so tasks can be drawn fresh for ever and the
 validation tasks still never meet a model in training.
+
+What a reply says follows from its prompt; how it says it is drawn, and depends on a word of the prompt (`worded`). So
+a model of these tasks has a distribution to teach, as one of real text has, and a single text of it does not show it.
 """
 
 import hashlib
@@ -72,6 +75,16 @@ def _worked(work: str, prompt: str, answer: str) -> Task:
     return Task(prompt, f"{work}\n{ANSWER_MARKER} {answer}", answer)
 
 
+COMMONNESS = (8, 4, 2, 1)
+"""How often each of four wordings is drawn, from the commonest to the rarest: 1.2 nats of choice."""
+
+
+def worded(rng: random.Random, wordings: tuple[str, ...], word: str) -> str:
+    """One of four wordings; which of them are common depends on `word`, which stands in the prompt."""
+    order = random.Random(f"{word} {wordings[0]}").sample(wordings, len(wordings))
+    return rng.choices(order, COMMONNESS)[0]
+
+
 # thinking: small sums, one step at a time
 
 ITEMS = ("eggs", "coins", "books", "cards", "shells", "apples")
@@ -85,8 +98,19 @@ LEGS = {
 }
 
 
+OPENINGS = ("Count:", "Let us see:", "Step by step:", "I add it up:")
+LINKS = ("then", "so", "next", "after that")
+CLOSINGS = (".", " in all.", ", done.", ", I think.")
+
+
 def _thinking(rng: random.Random) -> Task:
     return rng.choice((_running_total, _count_legs))(rng)
+
+
+def _summed(rng: random.Random, name: str, steps: list[str], prompt: str, answer: int) -> Task:
+    link = f", {worded(rng, LINKS, name)} "
+    work = f"{worded(rng, OPENINGS, name)} {link.join(steps)}{worded(rng, CLOSINGS, name)}"
+    return _worked(work, prompt, str(answer))
 
 
 def _running_total(rng: random.Random) -> Task:
@@ -99,17 +123,19 @@ def _running_total(rng: random.Random) -> Task:
         changes.append(f"{rng.choice(verbs)} {amount}")
         work.append(f"{total} {sign} {amount} = {after}")
         total = after
-    prompt = f"First {rng.choice(NAMES)} has {start} {rng.choice(ITEMS)}, {changes[0]}, {changes[1]}. How many now?"
-    return _worked(f"Count: {', then '.join(work)}", prompt, str(total))
+    name = rng.choice(NAMES)
+    prompt = f"First {name} has {start} {rng.choice(ITEMS)}, {changes[0]}, {changes[1]}. How many now?"
+    return _summed(rng, name, work, prompt, total)
 
 
 def _count_legs(rng: random.Random) -> Task:
     many, one = rng.choices(tuple(LEGS), k=2)
     count = rng.randint(2, 4)
     seen = f"{count} {rng.choice(LEGS[many])}s and 1 {rng.choice(LEGS[one])}"
-    prompt = f"First {rng.choice(NAMES)} {rng.choice(('sees', 'draws', 'hears'))} {seen}. How many legs?"
-    work = f"Count: {count} * {many} = {count * many}, then {count * many} + {one} = {count * many + one}"
-    return _worked(work, prompt, str(count * many + one))
+    name = rng.choice(NAMES)
+    prompt = f"First {name} {rng.choice(('sees', 'draws', 'hears'))} {seen}. How many legs?"
+    legs = count * many
+    return _summed(rng, name, [f"{count} * {many} = {legs}", f"{legs} + {one} = {legs + one}"], prompt, legs + one)
 
 
 # task: the steps of a goal, put in order
@@ -126,11 +152,18 @@ GOALS = {
 }
 
 
+FIRST = ("Begin with {}", "First comes {}", "Start: {}", "You {} at once")
+LAST = (" and end with {}.", ", the last is {}.", "; {} closes it.", ", later {}.")
+ORDERED = ("In order:", "So the plan:", "All steps:", "That gives:")
+
+
 def _task(rng: random.Random) -> Task:
     goal = rng.choice(tuple(GOALS))
     steps = rng.sample(GOALS[goal], rng.choice((4, 5)))
-    answer = ", ".join(sorted(steps, key=GOALS[goal].index))
-    return Task(f"Goal: {goal}. Put in order: {', '.join(steps)}.", answer, answer)
+    ordered = sorted(steps, key=GOALS[goal].index)
+    bounds = f"{worded(rng, FIRST, goal).format(ordered[0])}{worded(rng, LAST, goal).format(ordered[-1])}"
+    prompt = f"Goal: {goal}. Put in order: {', '.join(steps)}."
+    return _worked(f"{bounds} {worded(rng, ORDERED, goal)}", prompt, ", ".join(ordered))
 
 
 # action: a request turned into a tool call
@@ -153,6 +186,11 @@ TOOLS = {
 }
 
 
+GREETINGS = ("Sure.", "Gladly.", "At once.", "Of course.")
+CHOICES = ("This needs {}", "The tool is {}", "I call {}", "Here {} fits")
+REASONS = (", as asked.", ", no other.", ", with two values.", " of the three.")
+
+
 def _action(rng: random.Random) -> Task:
     tool = rng.choice(tuple(TOOLS))
     names, phrasings = TOOLS[tool]
@@ -161,7 +199,8 @@ def _action(rng: random.Random) -> Task:
     rng.shuffle(offered)
     request = rng.choice(phrasings).format(**arguments)
     answer = json.dumps({"tool": tool, **arguments})
-    return Task(f"Tools: {', '.join(offered)}. {request}", answer, answer)
+    greeting, choice, reason = (worded(rng, wordings, tool) for wordings in (GREETINGS, CHOICES, REASONS))
+    return _worked(f"{greeting} {choice.format(tool)}{reason}", f"Tools: {', '.join(offered)}. {request}", answer)
 
 
 # reflection: what to change after an outcome
@@ -181,6 +220,8 @@ SYMPTOMS = {
     "less oil": ("greasy", "heavy", "slick"),
 }
 DISHES = ("soup", "stew", "bread", "rice", "sauce", "fish", "cake", "pasta")
+REMEDIES = ("For {}: {}.", "It was {}, so {}.", "If {}, then {}.", "Being {} asks for {}.")
+ADVICE = ("Next time:", "So I say:", "Try this:", "My advice:")
 
 
 def _reflection(rng: random.Random) -> Task:
@@ -188,9 +229,11 @@ def _reflection(rng: random.Random) -> Task:
     while changes[0].split()[1] == changes[1].split()[1]:
         changes = rng.sample(tuple(SYMPTOMS), 2)
     first, second = (rng.choice(SYMPTOMS[change]) for change in changes)
-    prompt = f"The {rng.choice(DISHES)} that {rng.choice(NAMES)} made was {first} and {second}. What to change?"
-    work = f"For {first}: {changes[0]}. For {second}: {changes[1]}."
-    return _worked(work, prompt, ", ".join(changes))
+    name = rng.choice(NAMES)
+    prompt = f"The {rng.choice(DISHES)} that {name} made was {first} and {second}. What to change?"
+    pairs = ((first, changes[0]), (second, changes[1]))
+    work = " ".join(worded(rng, REMEDIES, symptom).format(symptom, change) for symptom, change in pairs)
+    return _worked(f"{work} {worded(rng, ADVICE, name)}", prompt, ", ".join(changes))
 
 
 # debug: the faulty line among four, and what mends it
@@ -220,6 +263,11 @@ MISSPELT = {
 }
 
 
+FINDINGS = ("I see that {}", "The fault: {}", "It is that {}", "Look, {}")
+PLACES = (" in line {}.", "; that is line {}.", ", line {}.", " at number {}.")
+FIXES = ("To mend it:", "So change this:", "The remedy:", "Do this:")
+
+
 def _debug(rng: random.Random) -> Task:
     lines = []
     for statement in rng.sample(STATEMENTS, 4):
@@ -228,7 +276,9 @@ def _debug(rng: random.Random) -> Task:
     at = rng.randrange(len(lines))
     lines[at], finding, remedy = rng.choice(_faults(lines[at], rng))
     listing = "\n".join(f"{number} {line}" for number, line in enumerate(lines, 1))
-    return _worked(finding, f"Find the bug:\n{listing}", f"line {at + 1}: {remedy}")
+    found, place, fix = (worded(rng, wordings, remedy) for wordings in (FINDINGS, PLACES, FIXES))
+    work = f"{found.format(finding)}{place.format(at + 1)} {fix}"
+    return _worked(work, f"Find the bug:\n{listing}", f"line {at + 1}: {remedy}")
 
 
 def _faults(line: str, rng: random.Random) -> list[tuple[str, str, str]]:
@@ -269,6 +319,11 @@ CHATTER = (
 )
 
 
+LASTING = ("What lasts is the {}", "The {} stays", "Only the {} counts", "I note the {}")
+PASSING = (", the rest is talk.", "; all else goes.", ", no more.", " of that.")
+KEEPING = ("Keep:", "Note:", "In short:", "To recall:")
+
+
 def _memory(rng: random.Random) -> Task:
     kind, values, phrasings = rng.choice(FACTS)
     value = rng.choice(values)
@@ -277,8 +332,9 @@ def _memory(rng: random.Random) -> Task:
         said.append(rng.choice(remarks).format(rng.choice(pool)))
     rng.shuffle(said)
     speaker = rng.choice(NAMES)
-    answer = f"{speaker}: {kind} {value}"
-    return Task(f"Keep one fact. User {speaker}: {' '.join(said)}", answer, answer)
+    lasting, passing, keeping = (worded(rng, wordings, speaker) for wordings in (LASTING, PASSING, KEEPING))
+    work = f"{lasting.format(kind)}{passing} {keeping}"
+    return _worked(work, f"Keep one fact. User {speaker}: {' '.join(said)}", f"{speaker}: {kind} {value}")
 
 
 FAMILIES: dict[str, Callable[[random.Random], Task]] = {
