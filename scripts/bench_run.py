@@ -30,7 +30,10 @@ WAITING = "waiting for the device"
 TIMED = {
     "opening models": ("true_kd.models.open_model",),
     "laying out batches": ("true_kd.batching.collate", "true_kd.batching.epoch_batches"),
-    "evaluation": ("true_kd.evaluation.evaluate", "true_kd.evaluation.exact_match"),
+    "evaluation": ("true_kd.evaluation.evaluate", "true_kd.evaluation.measure", "true_kd.evaluation.exact_match"),
+    "measuring speed": ("true_kd.models.decoding_speed",),
+    "intervals": ("true_kd.gate.weigh_up", "true_kd.proof.prove"),
+    "the report": ("true_kd.report.write_report",),
     "writing files": ("true_kd.files.write_atomic", "true_kd.files.write_json"),
     # Generation waits in `async_eval` when the device is behind; `numpy.array` of an mlx array waits as well, unseen.
     WAITING: tuple(
@@ -47,8 +50,9 @@ PHASES = (
     "evaluation before",
     "certificate",
     "training",
-    "evaluation after, report",
-    "summary",
+    "last validation",
+    "proof",
+    "summary, report",
     "exit",
 )
 # The phase that an event begins; Validated and Stepped depend on what was before.
@@ -58,7 +62,8 @@ BEGINS = {
     "TeacherFreed": "student and data",
     "TrainingStarted": "evaluation before",
     "Certified": "training",
-    "DomainFinished": "summary",
+    "Proving": "proof",
+    "DomainFinished": "summary, report",
 }
 
 
@@ -86,7 +91,7 @@ class Stopwatch:
         """What an event says of the phases."""
         name = type(event).__name__
         if name == "Validated":
-            self.begin("evaluation after, report" if event.validation.iteration else "certificate")
+            self.begin("last validation" if event.validation.iteration else "certificate")
         elif name == "Stepped" and self.phase != "training":
             # That validation was not the last.
             self.book()
@@ -144,6 +149,7 @@ def distill(arguments: argparse.Namespace, stopwatch: Stopwatch) -> None:
     stopwatch.begin("plan")
     with tempfile.TemporaryDirectory() as folder:
         overrides = [Override(f"--{name}", (name,), str(Path(folder, name))) for name in ("out", "cache")]
+        overrides.append(Override("--control", ("control",), "none"))
         overrides += [Override("--set", *parse_override(text)) for text in arguments.set]
         planned, failures = jobs.plan(arguments.config, [arguments.domain], overrides)
         for event in pipeline.distill(planned, failures):

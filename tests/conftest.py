@@ -13,6 +13,10 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
+# A test process a core, each with one thread: more of them wait for each other more than they compute. Read by OpenBLAS
+# when it is loaded, which importing true_kd does; what the tests start inherits it.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import true_kd  # noqa: F401  (before mlx: see true_kd.blas)
 
 # The annotated shapes and dtypes are checked wherever these modules are called; so before anything imports them.

@@ -18,7 +18,7 @@ import pytest
 from test_shards import assert_same
 
 from true_kd import events, pipeline, pocket
-from true_kd.cache import HEAD, TargetCache, read_manifest
+from true_kd.cache import ABOUT, HEAD, IDENTITY, MANIFEST, TargetCache, read_manifest
 from true_kd.capture import (
     CaptureOptions,
     CaptureProgress,
@@ -641,7 +641,7 @@ def check_files(folder: Path) -> None:
     files = read_manifest(folder)
     for name, file in files.items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == file.sha256
-    assert {path.name for path in folder.glob("[!.]*.safetensors")} == set(files)
+    assert {path.name for path in folder.glob("[!.]*")} - {MANIFEST, IDENTITY, ABOUT} == set(files)
 
 
 KILLS = {

@@ -19,12 +19,17 @@ from filelock import FileLock
 
 from true_kd import cli as command_line
 from true_kd import pocket
+from true_kd.cli import running
 from true_kd.config import SHORT_NAMES, load_config
 from true_kd.errors import EnvironmentProblem, InputError
 from true_kd.jobs import DomainsRefused
 from true_kd.models import ModelOptions
 
 ROOT = Path(__file__).parents[1]
+COMMANDS = (
+    *("distill", "capture", "demo", "evaluate", "analyze", "sweep"),
+    *("report", "compare", "chat", "generate", "init", "doctor", "cache"),
+)
 DOMAINS = ("action", "debug", "memory", "reflection", "task", "thinking")
 PROMPTS = "".join(f"the cat number {number} sat on the mat\n" for number in range(6))
 
@@ -131,7 +136,7 @@ def test_without_arguments_the_help_is_shown_as_it_is_laid_out(cli) -> None:
 def test_help_lists_commands_and_exit_codes(flag: str, cli) -> None:
     ended = cli(flag)
     assert (ended.code, ended.err) == (0, "")
-    assert all(f"\n  {command} " in ended.out for command in ("distill", "demo", "init", "doctor"))
+    assert all(f"\n  {command} " in ended.out for command in COMMANDS)
     words = " ".join(ended.out.split())
     assert command_line.EXIT_CODES in words
     for code in ("0 done", "1 run failed", "2 input", "3 locked", "4 environment", "5 integrity", "130 Ctrl-C"):
@@ -601,7 +606,8 @@ def test_a_run_ends_with_code_0_and_a_table_of_its_domains(done: SimpleNamespace
     lines = done.first.out.splitlines()
     header = next(index for index, line in enumerate(lines) if line.startswith("domain "))
     assert [line.split()[0] for line in lines[header + 1 : header + 3]] == ["cats", "dogs"]
-    assert lines[-1] == "2 done, 0 failed. Summary: adapters_kd/kd_summary.json"
+    written = "Summary: adapters_kd/kd_summary.json Report: adapters_kd/report.html"
+    assert lines[-1] == f"2 done, 0 failed. {written}"
 
 
 def test_a_run_leaves_adapters_and_a_summary(done: SimpleNamespace) -> None:
@@ -610,6 +616,7 @@ def test_a_run_leaves_adapters_and_a_summary(done: SimpleNamespace) -> None:
         names = {path.name for path in (out / domain).iterdir() if path.is_file()}
         assert names == {"adapters.safetensors", "adapter_config.json", "kd_metrics.json", "run.json"}
     assert set(json.loads((out / "kd_summary.json").read_text())["domains"]) == {"cats", "dogs"}
+    assert (out / "report.html").is_file()
 
 
 def test_off_a_terminal_each_report_is_a_line_of_plain_text(done: SimpleNamespace) -> None:
@@ -627,7 +634,9 @@ def test_the_same_run_again_does_nothing_and_says_so(done: SimpleNamespace) -> N
     assert "cats: unchanged since " in done.again.out
     assert "dogs: unchanged since " in done.again.out
     assert "opening" not in done.again.out
-    assert done.again.out.count("cats: ") == 1
+    unchanged, verdict = [line for line in done.again.out.splitlines() if line.startswith("cats: ")]
+    assert unchanged.startswith("cats: unchanged since ")
+    assert verdict in done.first.out.splitlines()
 
 
 def test_the_saved_config_of_a_domain_repeats_its_run(finished: Path, cli) -> None:
@@ -642,7 +651,8 @@ def test_fresh_does_a_finished_domain_again_without_asking_the_teacher(cli, fini
     assert (ended.code, ended.err) == (0, "")
     assert "cats: finished " in ended.out
     assert "cats: 6 replies of the teacher are in the cache" in ended.out
-    assert "teacher" not in ended.out.replace("replies of the teacher are in the cache", "").partition("domain ")[0]
+    assert "captured" not in ended.out
+    assert not any(line.startswith("teacher ") for line in ended.out.splitlines()), "neither opened nor freed"
 
 
 def test_the_home_sign_in_out_means_the_home_folder(
@@ -653,7 +663,8 @@ def test_the_home_sign_in_out_means_the_home_folder(
     ended = cli("distill", "-d", "cats", "--set", "out=~/adapters")
     assert ended.code == 0
     assert (tmp_path / "home" / "adapters" / "cats" / "adapters.safetensors").is_file()
-    assert ended.out.splitlines()[-1].endswith(f"Summary: {tmp_path}/home/adapters/kd_summary.json")
+    out = f"{tmp_path}/home/adapters"
+    assert ended.out.splitlines()[-1].endswith(f"Summary: {out}/kd_summary.json Report: {out}/report.html")
     assert tree(finished) == before
 
 
@@ -677,10 +688,11 @@ def test_every_flag_goes_over_the_files(cli, project: Path, teacher_folder: Path
         "cache-gb": "1",
         "prompts": "mine",
         "out": "elsewhere",
+        "control": "sft",
         "vocab-strategy": "truncate",
         "seed": "4",
     }
-    assert set(inspect.signature(command_line.distill).parameters) == {
+    assert set(inspect.signature(running.distill).parameters) == {
         *(name.replace("-", "_") for name in given),
         *("domain", "everything", "config", "sets", "fresh"),
     }
@@ -695,6 +707,7 @@ def test_every_flag_goes_over_the_files(cli, project: Path, teacher_folder: Path
         wanted = ModelOptions(model=value) if isinstance(found, ModelOptions) else type(found)(value)
         assert found == (2 if name == "iters" else wanted), name
     assert config.capture.max_tokens == 3
+    assert Path("elsewhere/cats/control_sft/adapters.safetensors").is_file()
 
 
 def test_the_base_config_may_name_the_domains(cli, finished: Path) -> None:
@@ -924,7 +937,7 @@ def test_every_flag_of_a_capture_goes_over_the_files(cli, project: Path, student
     shutil.copytree("prompts", "mine")
     Path("mine/cats/train.txt").write_text("hello\nhello to the world\nsaid the cat\n")
     given = {"teacher": str(student_folder), "cache-bytes": "1000", "cache-gb": "0.01", "prompts": "mine"}
-    assert set(inspect.signature(command_line.capture_command).parameters) == {
+    assert set(inspect.signature(running.capture_command).parameters) == {
         *(name.replace("-", "_") for name in given),
         *("domain", "everything", "config", "sets"),
     }

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from true_kd import cli as command_line
+from true_kd.cli import running as command_line
 from true_kd.config import SHORT_NAMES, KDConfig, NoConfigs, Override, RunConfig, describe_key, load_config
 from true_kd.errors import ConfigError
 from true_kd.losses import LossOptions

@@ -9,16 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from handmade import usual_proof
 from rich.console import Console
+from rich.table import Table
 
 from true_kd import events
 from true_kd.budget import THRESHOLDS, BudgetChoice
 from true_kd.capture import CaptureProgress
-from true_kd.console import LineView, LiveView, make_view
+from true_kd.console import LineView, LiveView, headroom_table, make_view, proof_table
 from true_kd.errors import InputError, PromptError
-from true_kd.evaluation import EvalMetrics
+from true_kd.evaluation import Estimate, EvalMetrics
 from true_kd.fidelity import Fidelity, Position
-from true_kd.reporting import DataCounts, ExactMatch, KDResult, Validation
+from true_kd.gate import ParentComparison
+from true_kd.reporting import DataCounts, KDResult, Validation
 from true_kd.targets import TargetOptions
 from true_kd.training import StepMetrics
 
@@ -36,6 +39,9 @@ COUNTS = DataCounts(
     differing_ids=0,
     cache_bytes=100,
 )
+PROOF = usual_proof("cats")
+CHECKED = usual_proof("cats", control=True, tasks=8)
+PARENT = ParentComparison(9, 90, Estimate(0.1, 0.05, 0.15), Estimate(0.9, 0.8, 1.0), 1.2, 1.3)
 RESULT = KDResult(
     domain="cats",
     teacher="a/b",
@@ -45,15 +51,14 @@ RESULT = KDResult(
     before=METRICS,
     after=replace(METRICS, loss=1.25, kl=0.25, top1_agreement=0.9),
     best_iteration=2,
-    exact_match=None,
     steps=(),
     validations=(),
     seconds={},
     capture_peak_memory=3 * 2**30,
     training_peak_memory=2**30,
     trainable_parameters=10,
-    student_parameters=100,
     finished_at="2026-01-01T00:00:00+00:00",
+    proof=PROOF,
 )
 SUMMARY = Path("adapters_kd/kd_summary.json")
 FIDELITY = Fidelity(
@@ -160,12 +165,43 @@ def on_stdout(monkeypatch: pytest.MonkeyPatch, *shown_events: events.Event, term
             events.Validated("cats", Validation(7, METRICS)),
             "cats: iteration 7: validation loss 2.5000, KL 0.7500, CE 3.0000, top-1 50.0%",
         ),
-        (events.DomainFinished(RESULT), f"cats: finished {RESULT.finished_at}: adapters_kd/cats"),
+        (
+            events.DomainFinished(RESULT),
+            f"cats: finished {RESULT.finished_at}: adapters_kd/cats\n{PROOF.verdict.sentence}",
+        ),
         (
             events.DomainFinished(replace(RESULT, unchanged=True)),
-            f"cats: unchanged since {RESULT.finished_at}: adapters_kd/cats",
+            f"cats: unchanged since {RESULT.finished_at}: adapters_kd/cats\n{PROOF.verdict.sentence}",
         ),
+        (
+            events.DomainFinished(replace(RESULT, proof=None)),
+            f"cats: finished {RESULT.finished_at}: adapters_kd/cats",
+        ),
+        (events.Proving("cats", 12), "cats: comparing student, adapter and teacher on 12 held-out prompts"),
+        (
+            events.Probed("cats", PROOF.headroom),
+            f"cats: {PROOF.headroom.why} (KL 0.500, top-1 agreement 0%, 12 prompts)",
+        ),
+        (
+            events.Probed("cats", replace(PROOF.headroom, standing="no better", why="it is no better")),
+            "cats: it is no better; distilling it may bring nothing (KL 0.500, top-1 agreement 0%, 12 prompts)",
+        ),
+        (
+            events.Probed("cats", replace(PROOF.headroom, standing="same", why="it is the same")),
+            "cats: it is the same; distilling it may bring nothing (KL 0.500, top-1 agreement 0%, 12 prompts)",
+        ),
+        (events.Evaluated("cats", PROOF, kept=True), "cats: measured"),
+        (
+            events.Evaluated("cats", PROOF, kept=False),
+            "cats: measured; not kept: the adapter is of other prompts or settings, or of a run cut short",
+        ),
+        (events.ParentCompared("cats", "a/parent", 9, PARENT), "cats: compared with a/parent on 9 replies"),
+        (events.PointStarted("alpha=0.5", 2, 4), "point 2 of 4: alpha=0.5"),
         (finished(failures={"cats": InputError("x")}), f"0 done, 1 failed. Summary: {SUMMARY}"),
+        (
+            replace(finished(), report=Path("adapters_kd/report.html")),
+            f"0 done, 0 failed. Summary: {SUMMARY} Report: adapters_kd/report.html",
+        ),
         (
             events.BudgetChosen(CHOICE),
             "cache budget: targets.threshold 0.25, about 28 bytes/token, 84.4 kB in all",
@@ -251,8 +287,8 @@ def test_the_threshold_of_a_budget_can_be_copied_into_a_config() -> None:
 
 @pytest.mark.parametrize("loss", [2.5, 3.0])
 def test_an_adapter_that_brought_nothing_is_told(loss: float) -> None:
-    _, second = shown(events.DomainFinished(replace(RESULT, after=replace(METRICS, loss=loss)))).splitlines()
-    assert second.startswith(
+    *_, last = shown(events.DomainFinished(replace(RESULT, after=replace(METRICS, loss=loss)))).splitlines()
+    assert last.startswith(
         "cats: the adapter brought the student no nearer to the teacher "
         f"(validation loss 2.5000 before, {loss:.4f} after). Try "
     )
@@ -301,7 +337,7 @@ def test_the_second_domain_reports_like_the_first() -> None:
 
 def test_a_long_line_is_left_to_the_terminal_to_break() -> None:
     path = "x" * 300
-    assert shown(events.DomainFinished(replace(RESULT, adapter_path=path))).count("\n") == 1
+    assert shown(events.DomainFinished(replace(RESULT, adapter_path=path, proof=None))).count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -376,15 +412,18 @@ def test_the_file_that_stderr_was_sent_to_gets_the_failures(terminal: bool, monk
 
 def test_the_table_says_how_much_nearer_each_domain_came() -> None:
     lines = [line.rstrip() for line in shown(finished(RESULT, replace(RESULT, domain="dogs"))).splitlines()]
-    assert lines[0].split() == ["domain", "KL", "to", "teacher", "top-1", "agreement", "adapter"]
-    assert lines[1].split() == ["cats", "0.750", "→", "0.250", "50%", "→", "90%", "adapters_kd/cats"]
+    assert lines[0].split() == ["domain", "KL", "to", "teacher", "gap", "closed", "top-1", "adapter"]
+    closed = PROOF.gap_closed.kl
+    span = f"{closed.value:.0%} ({100 * closed.low:.0f} to {100 * closed.high:.0f})"
+    after = f"{PROOF.adapted.kl.value:.3f}"
+    assert lines[1].split() == ["cats", "0.500", "→", after, *span.split(), "0%", "→", "100%", "adapters_kd/cats"]
     assert lines[2].split()[0] == "dogs"
     assert lines[3] == "12 s, peak memory 3.00 GB with the teacher and, apart from it, 1.00 GB with the student"
     assert lines[4] == f"2 done, 0 failed. Summary: {SUMMARY}"
 
 
 def test_the_table_has_exact_matches_where_a_domain_has_checkable_tasks() -> None:
-    checked = replace(RESULT, exact_match=ExactMatch(tasks=8, student=0.0, adapted=0.5, teacher=1.0))
+    checked = replace(RESULT, proof=usual_proof("cats", tasks=8))
     lines = shown(finished(checked, replace(RESULT, domain="dogs")), width=200).splitlines()
     assert "exact match (teacher)" in lines[0]
     assert "0% → 50% (100%)" in lines[1]
@@ -400,15 +439,91 @@ def test_the_table_has_exact_matches_where_a_domain_has_checkable_tasks() -> Non
             RESULT,
             domain="reflection",
             adapter_path="adapters_kd/reflection",
-            exact_match=ExactMatch(tasks=8, student=0.0, adapted=0.5, teacher=1.0),
+            proof=CHECKED,
         ),
     ],
-    ids=["long path", "with exact match"],
+    ids=["long path", "with exact match and a control"],
 )
 def test_a_row_of_the_table_is_one_line_in_a_pipe(result: KDResult, monkeypatch: pytest.MonkeyPatch) -> None:
     text = on_stdout(monkeypatch, finished(result), terminal=False)
     [row] = [line for line in text.splitlines() if line.startswith(f"{result.domain} ")]
     assert row.endswith(result.adapter_path)
+
+
+def test_the_table_has_the_control_where_a_domain_has_one() -> None:
+    lines = shown(finished(replace(RESULT, proof=CHECKED), RESULT), width=200).splitlines()
+    assert "by SFT" in lines[0]
+    control = CHECKED.control_gap_closed.kl
+    assert f"{control.value:.0%} ({100 * control.low:.0f} to {100 * control.high:.0f})" in lines[1]
+    assert " - " in lines[2]
+    assert "by SFT" not in shown(finished(RESULT), width=200)
+
+
+def test_a_share_without_an_interval_is_told_alone() -> None:
+    few = replace(PROOF, gap_closed=replace(PROOF.gap_closed, kl=Estimate(0.6)))
+    assert " 60% " in shown(finished(replace(RESULT, proof=few)))
+    none = replace(PROOF, gap_closed=replace(PROOF.gap_closed, kl=None))
+    assert " - " in shown(finished(replace(RESULT, proof=none)))
+
+
+def test_a_result_without_a_proof_has_its_row() -> None:
+    lines = shown(finished(replace(RESULT, proof=None), replace(RESULT, domain="dogs"))).splitlines()
+    assert lines[1].split() == ["cats", "-", "-", "-", "adapters_kd/cats"]
+
+
+def cells_of(table: Table) -> dict[str, list[str]]:
+    """The rows of a table, by their first cell."""
+    out = io.StringIO()
+    Console(file=out, width=400).print(table)
+    rows = [re.split(r"\s{2,}", line.rstrip()) for line in out.getvalue().splitlines()]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_a_proof_sets_the_models_side_by_side() -> None:
+    found = cells_of(proof_table("cats", CHECKED))
+    assert found["cats"] == ["student", "SFT control", "distilled", "teacher"]
+    for name, measure, form in (
+        ("KL to the teacher, nats", "kl", ".3f"),
+        ("perplexity", "perplexity", ".3f"),
+        ("top-1 agreement", "top1_agreement", ".0%"),
+        ("exact match", "exact_match", ".0%"),
+    ):
+        for cell, model in zip(
+            found[name], (CHECKED.student, CHECKED.control, CHECKED.adapted, CHECKED.teacher), strict=True
+        ):
+            assert cell.split()[0] == f"{getattr(model, measure).value:{form}}", name
+    assert found["parameters"] == ["1,000", "1,100", "1,100", "20,000"]
+    assert found["tokens/s"] == ["50", "40", "40", "10"]
+    assert [cell.split()[0] for cell in found["gap closed (KL)"]] == [
+        f"{gap.kl.value:.0%}" for gap in (CHECKED.control_gap_closed, CHECKED.gap_closed)
+    ]
+    assert found["of the teacher kept"][0].startswith("50% (")
+    assert found["ahead of SFT, nats"][0].startswith(f"+{CHECKED.against_control.kl.by.value:.3f} (")
+    assert found["ahead of SFT, nats"][0].endswith(", 100% sure")
+
+
+def test_a_proof_without_control_and_tasks_has_no_words_for_them() -> None:
+    found = cells_of(proof_table("cats", PROOF))
+    assert found["cats"] == ["student", "distilled", "teacher"]
+    assert set(found["exact match"]) == {"-"}
+    assert "ahead of SFT, nats" not in found
+    assert found["of the teacher kept"][0].split()[0] == f"{PROOF.retention.likelihood.value:.0%}"
+
+
+def test_what_is_not_known_of_the_teacher_is_a_dash() -> None:
+    unknown = replace(PROOF, teacher=replace(PROOF.teacher, parameters=None, bytes=None, tokens_per_second=None))
+    found = cells_of(proof_table("cats", unknown))
+    assert [found[name][-1] for name in ("parameters", "MB on disk", "tokens/s")] == ["-"] * 3
+
+
+def test_domains_are_listed_with_what_they_have_to_gain() -> None:
+    found = cells_of(headroom_table({"cats": CHECKED.headroom, "dogs": PROOF.headroom}))
+    kl, _, entropy, student, teacher, *where = found["cats"]
+    assert kl.startswith("0.500 (")
+    assert entropy == f"{CHECKED.headroom.entropy:.3f}"
+    assert (student.split()[0], teacher.split()[0]) == ("0%", "100%")
+    assert where[0].startswith("token")
+    assert found["dogs"][3:5] == ["-", "-"]
 
 
 @pytest.mark.parametrize("path", ["exp[lr]/cats", "exp[/lr]/cats", "x[bold]/cats"])

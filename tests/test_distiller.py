@@ -65,7 +65,7 @@ def test_strings_are_distilled(distiller: TrueKnowledgeDistiller, tmp_path: Path
 def test_records_are_distilled(distiller: TrueKnowledgeDistiller) -> None:
     result = distiller.distill_domain("greetings", RECORDS, [{**RECORDS[0], "answer": "the cat sat"}])
     assert result.data.train_examples == 4
-    assert result.exact_match.teacher is None, "the data wrote the reply, not the teacher"
+    assert result.proof.teacher.exact_match is None, "the data wrote the reply, not the teacher"
 
 
 def test_a_tenth_is_held_out_where_no_validation_prompts_are_given(distiller: TrueKnowledgeDistiller) -> None:

@@ -13,7 +13,7 @@ from textbook import CASES
 
 from true_kd.cache import TargetCache
 from true_kd.capture import CaptureOptions, capture, render_for, teacher_identity
-from true_kd.evaluation import EvaluationOptions, evaluate, exact_match, extract_answer, score_answers
+from true_kd.evaluation import EvaluationOptions, evaluate, exact_match, extract_answer, measure, right_answers
 from true_kd.examples import Example, make_example
 from true_kd.losses import LossOptions, Objective
 from true_kd.models import LanguageModel, ModelOptions, SamplingOptions, generate_replies, load_head, open_model
@@ -192,6 +192,74 @@ def test_evaluation_switches_dropout_off(student: LanguageModel, examples: list[
     assert not student.module.training
 
 
+# Token by token
+
+
+PARTLY = replace(WHOLE, share=0.4)
+"""Every id of some tokens."""
+
+
+@pytest.mark.parametrize(
+    "settings", [WHOLE, PARTLY, TargetOptions(preset="exact").settings], ids=lambda value: value.kind
+)
+def test_each_token_is_scored_as_the_dense_distributions_say(
+    settings: TargetSettings, teacher: LanguageModel, student: LanguageModel, tmp_path: Path
+) -> None:
+    examples = captured(teacher, settings, tmp_path)
+    assert len({len(example) for example in examples}) > 2, "examples of one length are measured in their order"
+    scores = measure(student.module, examples, FINAL, batch_size=2)
+    ours, theirs = (
+        np.concatenate([dense_logprobs(model, example) for example in examples]) for model in (student, teacher)
+    )
+    labels = np.concatenate([example.labels for example in examples])
+    favourite = np.take_along_axis(ours, theirs.argmax(axis=-1)[:, None], axis=-1)
+    assert scores.nll == pytest.approx(-ours[np.arange(len(labels)), labels], rel=1e-3)
+    assert scores.kl == pytest.approx((np.exp(theirs) * (theirs - ours)).sum(axis=-1), rel=0.03, abs=2e-3)
+    assert scores.rank.tolist() == (ours > favourite).sum(axis=-1).tolist()
+    assert scores.rank.max() > 5, "this student no longer misses by much"
+
+
+def test_scores_know_their_example_and_their_place_in_the_response(
+    teacher: LanguageModel, student: LanguageModel, tmp_path: Path
+) -> None:
+    examples = captured(teacher, PARTLY, tmp_path)
+    scores = measure(student.module, examples, FINAL, batch_size=4)
+    for at, example in enumerate(examples):
+        assert scores.position[scores.example == at].tolist() == example.kept.tolist()
+    assert np.all(np.diff(scores.example) >= 0)
+
+
+def test_scores_do_not_depend_on_how_examples_are_grouped(student: LanguageModel, examples: list[Example]) -> None:
+    one, other = (measure(student.module, examples, FINAL, batch_size) for batch_size in (1, 4))
+    for name in ("kd", "nll", "kl"):
+        assert getattr(one, name) == pytest.approx(getattr(other, name), rel=1e-3, abs=1e-4), name
+    for name in ("rank", "example", "position"):
+        assert np.array_equal(getattr(one, name), getattr(other, name)), name
+
+
+def test_the_metrics_are_the_means_of_the_scores(student: LanguageModel, examples: list[Example]) -> None:
+    scores = measure(student.module, examples, FINAL, batch_size=2)
+    metrics = evaluate(student.module, examples, FINAL, batch_size=2)
+    assert scores.metrics(FINAL) == metrics
+    assert (metrics.kd, metrics.ce, metrics.kl) == (scores.kd.mean(), scores.nll.mean(), scores.kl.mean())
+    assert metrics.top1_agreement == np.mean(scores.rank == 0)
+    assert metrics.tokens == len(scores.kl) == sum(len(example.kept) for example in examples)
+
+
+def test_sums_are_over_the_tokens_of_each_example(student: LanguageModel, examples: list[Example]) -> None:
+    scores = measure(student.module, examples, FINAL, batch_size=2)
+    assert scores.sums(np.ones(len(scores.kl))).tolist() == [len(example.kept) for example in examples]
+    alone = [measure(student.module, [example], FINAL, batch_size=1).kl.sum() for example in examples]
+    assert scores.sums(scores.kl) == pytest.approx(alone, rel=1e-3)
+
+
+def test_the_teacher_is_the_first_of_its_own_favourites(teacher: LanguageModel, examples: list[Example]) -> None:
+    assert not measure(teacher.module, examples, FINAL, batch_size=2).rank.any()
+
+
+# Answers
+
+
 @pytest.mark.parametrize(
     ("reply", "answer"),
     [
@@ -232,22 +300,25 @@ def test_exact_match_counts_what_the_model_itself_writes(student: LanguageModel)
             for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
         ]
     )
-    assert exact_match(student, half, SAMPLING, EVALUATION) == 0.5
-    assert exact_match(student, half[1:2], SAMPLING, EVALUATION) == 1.0
-    assert exact_match(student, half[:1], SAMPLING, EVALUATION) == 0.0
+    assert exact_match(student, half, SAMPLING, EVALUATION).tolist() == [False, True, False, True]
+    assert exact_match(student, half[1:2], SAMPLING, EVALUATION).tolist() == [True]
+    assert exact_match(student, half[:1], SAMPLING, EVALUATION).tolist() == [False]
 
 
 def test_a_given_completion_does_not_help_the_model(student: LanguageModel) -> None:
     prompts = from_records([{"prompt": "2 + 2", "completion": "answer: 4", "answer": "4"}])
-    assert exact_match(student, prompts, SAMPLING, EVALUATION) == 0.0
+    assert exact_match(student, prompts, SAMPLING, EVALUATION).tolist() == [False]
 
 
 def test_replies_are_scored_without_their_stop_token(student: LanguageModel) -> None:
     prompts = from_records([{"prompt": "2 + 2", "answer": "4"}, {"prompt": "2 + 3", "answer": "5"}])
     replies = [[*student.tokenizer.encode("well, answer: 4"), 1], student.tokenizer.encode("answer: 4")]
-    assert score_answers(prompts, replies, student, EVALUATION) == 0.5
+    found = right_answers(prompts, replies, student, EVALUATION)
+    assert found.dtype == bool
+    assert found.tolist() == [True, False]
 
 
 def test_white_space_in_the_expected_answer_does_not_count(student: LanguageModel) -> None:
     prompts = from_records([{"prompt": "who sat", "answer": " the  cat\n"}])
-    assert score_answers(prompts, [student.tokenizer.encode("answer: the cat")], student, EVALUATION) == 1.0
+    replies = [student.tokenizer.encode("answer: the cat")]
+    assert right_answers(prompts, replies, student, EVALUATION).tolist() == [True]

@@ -48,6 +48,10 @@ class Place:
             "capture": {"max_tokens": 4},
             "training": {"iters": 2, "validate_every": 2, "checkpoint_every": 2, "learning_rate": 0.01},
             "lora": {"rank": 2},
+            # What is measured with a clock differs from run to run, and takes its time.
+            "evaluation": {"speed_tokens": 0},
+            # Five megabytes a run.
+            "report": False,
             **config,
         }
 
@@ -165,6 +169,24 @@ def test_every_promised_file_is_there(finished: tuple[Place, Run]) -> None:
     assert run.results["a"].adapter_path == str(place.out / "a")
 
 
+def test_a_report_lies_beside_the_summary_unless_it_is_left_out(place: Place) -> None:
+    assert place.run("a").end.report is None
+    assert not (place.out / "report.html").exists()
+    del place.config["report"]
+    run = place.run("a")
+    assert run.results["a"].unchanged, "a report is made of a finished run as well"
+    assert run.end.report == place.out / "report.html"
+    assert "<html" in (place.out / "report.html").read_text()
+
+
+def test_a_run_of_which_nothing_came_has_no_report(place: Place) -> None:
+    del place.config["report"]
+    place.write("a", ["the cat sat on the mat " * 20] * 2, ["hi"])
+    run = place.run("a", training__max_seq_length=60)
+    assert list(run.failures) == ["a"]
+    assert run.end.report is None
+
+
 def test_the_last_step_is_validated_and_saved_whatever_the_interval(place: Place) -> None:
     run = place.run("a", training__iters=3)
     assert [validation.iteration for validation in run.results["a"].validations] == [0, 2, 3]
@@ -193,7 +215,8 @@ def test_the_metrics_hold_the_validations(finished: tuple[Place, Run]) -> None:
         assert set(validation["metrics"]) == {"loss", "kd", "ce", "kl", "top1_agreement", "tokens"}
     assert found["data"]["train_examples"] == len(ASK)
     assert found["trainable_parameters"] > 0
-    assert found["exact_match"] is None
+    assert found["proof"]["tasks"] == 0
+    assert found["proof"]["student"]["exact_match"] is None
 
 
 def test_the_summary_holds_every_domain(finished: tuple[Place, Run]) -> None:
@@ -273,8 +296,8 @@ def test_answers_are_compared_with_the_weights_that_are_kept(place: Place, stude
     worse_and_worse(place)
     best, last = (written_with(place.out / "a" / folder, student_folder) for folder in ("", "checkpoint_8"))
     assert best != last, "the best and the last adapter no longer answer differently"
-    assert worse_and_worse(place, answer=best).results["a"].exact_match.adapted == 1.0
-    assert worse_and_worse(place, answer=last).results["a"].exact_match.adapted == 0.0
+    assert worse_and_worse(place, answer=best).results["a"].proof.adapted.exact_match.value == 1.0
+    assert worse_and_worse(place, answer=last).results["a"].proof.adapted.exact_match.value == 0.0
 
 
 def written_with(adapter: Path, student_folder: Path) -> str:
@@ -868,8 +891,8 @@ def test_a_checkable_reply_that_the_student_cannot_write_does_not_stop_the_domai
     place.write("a", [other] * 4, [other, {**SCORED[0], "answer": "the cat sat on the mat"}])
     run = place.run("a", vocab_strategy=strategy)
     assert run.failures == {}
-    assert run.results["a"].exact_match.tasks == 2
-    assert run.results["a"].exact_match.teacher is None, "the data wrote the replies, not the teacher"
+    assert run.results["a"].proof.tasks == 2
+    assert run.results["a"].proof.teacher.exact_match is None, "the data wrote the replies, not the teacher"
 
 
 @pytest.mark.parametrize("preset", ["default", "exact"])

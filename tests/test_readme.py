@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shlex
@@ -33,7 +34,7 @@ def promised_replies() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def reflection(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's own adapter of the domain `reflection`, in a folder where `true_kd/` is as in a checkout."""
     folder = tmp_path_factory.mktemp("demo")
     (folder / "true_kd").symlink_to(ROOT / "true_kd")
@@ -57,15 +58,39 @@ def test_every_make_target_of_the_readme_exists() -> None:
     assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
 
 
+NEEDS_AN_ADAPTER = {"evaluate", "compare", "chat", "generate", "report"}
+
+
+def true_kd_commands() -> list[list[str]]:
+    return [words[1:] for words in commands() if words[0] == "true-kd"]
+
+
 def test_every_true_kd_command_of_the_readme_gets_as_far_as_its_models(cli, monkeypatch: pytest.MonkeyPatch) -> None:
     # Offline the default models cannot be had: config, flags and prompts are right when that is what is missing.
     monkeypatch.chdir(ROOT)
-    mine = [words[1:] for words in commands() if words[0] == "true-kd"]
-    assert mine
+    mine = [words for words in true_kd_commands() if words[0] not in NEEDS_AN_ADAPTER]
+    assert {words[0] for words in mine} == {"distill", "capture", "cache", "analyze", "sweep"} & {w[0] for w in mine}
+    assert len(mine) >= 3
     for words in mine:
         ended = cli(*words)
         assert ended.code == 2
         assert "not in the local hub cache" in ended.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [words for words in true_kd_commands() if words[0] in NEEDS_AN_ADAPTER], ids=" ".join)
+def test_every_command_of_the_readme_for_an_adapter_works_on_one(
+    words: list[str], cli, demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The same commands on the demo's adapter: its domain and folder are others.
+    monkeypatch.chdir(demo)
+    monkeypatch.setenv("TRUE_KD_CACHE", str(demo / "cache"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("The stew that Tom made was cold. What to change?\nq\n"))
+    out = [] if words[0] == "report" else ["--out", "adapters_kd/pocket"]
+    place = ["adapters_kd/pocket"] if words[0] == "report" else []
+    ended = cli(*("reflection" if word == "thinking" else word for word in words), *place, *out)
+    assert ended.code == 0, ended.err
+    assert ended.out
 
 
 @pytest.mark.slow
@@ -84,25 +109,27 @@ def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_demo_lifts_the_student_as_its_table_says(reflection: Path) -> None:
+def test_the_demo_lifts_the_student_as_its_table_says(demo: Path) -> None:
     from true_kd.reporting import read_result
 
-    result = read_result(reflection / "adapters_kd/pocket/reflection")
-    match = result.exact_match
-    assert match.teacher >= 0.9
-    assert match.student < 0.6
-    # The table says 30 to 95 %; another BLAS rounds otherwise, which moves a task or two.
-    assert match.adapted > match.student + 0.4
-    assert result.after.kl < 0.5 * result.before.kl
+    result = read_result(demo / "adapters_kd/pocket/reflection")
+    proof = result.proof
+    assert proof.teacher.exact_match.value >= 0.9
+    assert proof.student.exact_match.value < 0.4
+    # The table says 23 to 92 %; another BLAS rounds otherwise, which moves a task or two.
+    assert proof.adapted.exact_match.value > proof.student.exact_match.value + 0.4
+    assert proof.gap_closed.kl.low > 0.7
+    assert proof.verdict.outcome == "helped"
+    assert proof.verdict.against_control == "ahead"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("which", [0, 1], ids=["student", "with its adapter"])
-def test_mlx_lm_generate_says_what_the_readme_shows(reflection: Path, which: int) -> None:
+def test_mlx_lm_generate_says_what_the_readme_shows(demo: Path, which: int) -> None:
     words = generate_commands()[which]
     ended = subprocess.run(
         [sys.executable, "-m", "mlx_lm", "generate", *words[1:]],
-        cwd=reflection,
+        cwd=demo,
         capture_output=True,
         text=True,
         check=False,

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from handmade import usual_proof
 
 from true_kd import reporting
 from true_kd.evaluation import EvalMetrics
 from true_kd.reporting import (
     DataCounts,
-    ExactMatch,
     KDResult,
     Validation,
     peak_memory,
@@ -25,7 +25,8 @@ from true_kd.reporting import (
 )
 from true_kd.training import StepMetrics
 
-DIGEST = "d" * 64
+DIGEST, PROOF_DIGEST = "d" * 64, "e" * 64
+PROOF = usual_proof("a", control=True, tasks=8)
 
 
 def metrics(loss: float) -> EvalMetrics:
@@ -63,15 +64,14 @@ def make_result(out: Path, domain: str, **changes: Any) -> KDResult:
         before=metrics(3.0),
         after=metrics(1.1),
         best_iteration=2,
-        exact_match=ExactMatch(tasks=5, student=0.2, adapted=0.6, teacher=0.8),
         steps=tuple(step(iteration) for iteration in (1, 2, 3)),
         validations=(Validation(0, metrics(3.0)), Validation(2, metrics(1.1)), Validation(3, metrics(1.2))),
         seconds={"capture": 1.5, "training": 2.25, "evaluation": 0.1},
         capture_peak_memory=5000,
         training_peak_memory=3000,
         trainable_parameters=100,
-        student_parameters=10_000,
         finished_at="2026-01-02T03:04:05+00:00",
+        proof=PROOF,
         versions={"mlx": "0.32"},
     )
     return replace(result, **changes)
@@ -79,11 +79,15 @@ def make_result(out: Path, domain: str, **changes: Any) -> KDResult:
 
 def write(out: Path, domain: str = "a", **changes: Any) -> KDResult:
     result = make_result(out, domain, **changes)
-    write_result(out / domain, result, DIGEST)
+    write_result(out / domain, result, DIGEST, PROOF_DIGEST)
     return result
 
 
-@pytest.mark.parametrize("changes", [{}, {"exact_match": None}], ids=["checkable", "not checkable"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"proof": usual_proof("a")}, {"proof": None}],
+    ids=["with all there is", "of no control and no tasks", "of a control"],
+)
 def test_a_result_is_read_back_as_it_was(tmp_path: Path, changes: dict[str, Any]) -> None:
     written = write(tmp_path, **changes)
     assert read_result(tmp_path / "a", DIGEST) == replace(written, unchanged=True)
@@ -96,7 +100,15 @@ def test_a_result_is_read_whatever_run_it_is_of(tmp_path: Path) -> None:
 
 def test_the_result_of_another_run_is_none_of_this_one(tmp_path: Path) -> None:
     write(tmp_path)
-    assert read_result(tmp_path / "a", "e" * 64) is None
+    assert read_result(tmp_path / "a", "f" * 64) is None
+
+
+def test_the_result_of_other_measures_is_none_of_this_run(tmp_path: Path) -> None:
+    write(tmp_path)
+    assert read_result(tmp_path / "a", DIGEST, "f" * 64) is None
+    assert read_result(tmp_path / "a", "f" * 64, PROOF_DIGEST) is None
+    assert read_result(tmp_path / "a", DIGEST, PROOF_DIGEST) is not None
+    assert read_result(tmp_path / "a", DIGEST) is not None, "the adapter is there, whatever is measured of it"
 
 
 def test_a_result_follows_its_folder(tmp_path: Path) -> None:
@@ -145,6 +157,8 @@ def edited(**changes: Any) -> Callable[[dict[str, Any]], Any]:
         edited(curves={"iteration": [1, 2]}),
         lambda record: [],
         lambda record: {**record, "result": {**record["result"], "best_iteration": "two"}},
+        lambda record: {**record, "result": {**record["result"], "proof": {}}},
+        lambda record: {**record, "result": {**record["result"], "proof": {**record["result"]["proof"], "student": 3}}},
         lambda record: {name: value for name, value in record.items() if name != "curves"},
         edited(timings=None),
         edited(timings={}),
@@ -157,6 +171,15 @@ def test_metrics_that_cannot_be_understood_are_no_result(tmp_path: Path, edit: C
     path = tmp_path / "a" / "kd_metrics.json"
     path.write_text(json.dumps(edit(json.loads(path.read_text()))))
     assert read_result(tmp_path / "a", DIGEST) is None
+
+
+def test_metrics_are_json_of_numbers_that_are_some(tmp_path: Path) -> None:
+    write(tmp_path)
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    json.loads((tmp_path / "a" / "kd_metrics.json").read_text(), parse_constant=refuse)
 
 
 @pytest.mark.parametrize("length", [0, 1, 500])
@@ -187,13 +210,26 @@ def test_the_curves_have_nothing_that_depends_on_the_clock(tmp_path: Path) -> No
     assert one["timings"] != other["timings"]
 
 
-def test_metrics_of_the_first_format_are_no_result(tmp_path: Path) -> None:
+def first_format(record: dict[str, Any]) -> dict[str, Any]:
     """It had the timings among the curves."""
+    curves = {**record["curves"], **record.pop("timings")}
+    return {**record, "format": 1, "curves": curves}
+
+
+def second_format(record: dict[str, Any]) -> dict[str, Any]:
+    """It had shares of right answers, and no proof."""
+    del record["result"]["proof"], record["proof_digest"]
+    answers = {"tasks": 5, "student": 0.2, "adapted": 0.6, "teacher": 0.8}
+    return {**record, "format": 2, "result": {**record["result"], "exact_match": answers, "student_parameters": 9}}
+
+
+@pytest.mark.parametrize("earlier", [first_format, second_format])
+def test_metrics_of_an_earlier_format_are_no_result(
+    earlier: Callable[[dict[str, Any]], dict[str, Any]], tmp_path: Path
+) -> None:
     write(tmp_path)
     path = tmp_path / "a" / "kd_metrics.json"
-    record = json.loads(path.read_text())
-    curves = {**record["curves"], **record.pop("timings")}
-    path.write_text(json.dumps({**record, "format": 1, "curves": curves}))
+    path.write_text(json.dumps(earlier(json.loads(path.read_text()))))
     assert read_result(tmp_path / "a") is None
     assert json.loads(write_summary(tmp_path, [], {}, 1.0).read_text())["domains"] == {}
 
@@ -210,6 +246,7 @@ def test_the_summary_holds_results_and_failures(tmp_path: Path) -> None:
     assert summary["failed"] == {"c": "c: no prompts"}
     assert summary["seconds"] == 12.346
     assert summary["domains"]["a"]["after"]["kl"] == results[0].after.kl
+    assert summary["domains"]["a"]["proof"]["verdict"]["sentence"] == PROOF.verdict.sentence
     assert summary["domains"]["a"]["training_loss"] == {
         "first": {"total": 1.0, "kd": 0.7, "ce": 1.7},
         "last": {"total": 1.0 / 3, "kd": 0.7 / 3, "ce": 1.7 / 3},
@@ -252,7 +289,7 @@ def test_a_summary_of_failures_alone_is_written(tmp_path: Path) -> None:
 def test_the_peak_memory_is_that_of_the_larger_phase(tmp_path: Path, capture: int, training: int) -> None:
     result = write(tmp_path, capture_peak_memory=capture, training_peak_memory=training)
     peak = {"capture": capture, "training": training, "run": 5000}
-    assert peak_memory([result]) == peak
+    assert asdict(peak_memory([result])) == peak
     summary = json.loads(write_summary(tmp_path, [result], {}, 1.0).read_text())
     assert summary["peak_memory"] == summary["domains"]["a"]["peak_memory"] == peak
 

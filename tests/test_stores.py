@@ -20,6 +20,7 @@ from true_kd.cache import FORMAT, TEACHER, CacheIdentity, TargetCache, read_mani
 from true_kd.errors import CacheError, InputError, TrueKDError
 from true_kd.files import digest_file, digest_json
 from true_kd.models.stand_in import read_stand_in, write_stand_in
+from true_kd.sizes import ModelSize, write_size
 from true_kd.stores import checking
 from true_kd.targets import TargetOptions
 
@@ -873,6 +874,7 @@ def test_a_link_for_a_shard_is_replaced_and_not_followed(exported: Path, tmp_pat
 # What travels beside the replies.
 
 DEMAND = "demand-0123456789abcdef.json"
+SIZE = "size-0123456789abcdef.json"
 
 
 def stand_in(path: Path, config: bytes = b"{}") -> str:
@@ -883,7 +885,7 @@ def stand_in(path: Path, config: bytes = b"{}") -> str:
 
 @pytest.fixture
 def known(tmp_path: Path) -> TargetCache:
-    """A cache that knows its teacher, and what a budget needs of it."""
+    """A cache that knows its teacher, what a budget needs of it, and how large it is."""
     teacher = stand_in(tmp_path / "stand-in")
     facts = {**IDENTITY.facts, "teacher": teacher}
     cache = TargetCache(tmp_path / "known", CacheIdentity(facts, IDENTITY.about))
@@ -891,19 +893,20 @@ def known(tmp_path: Path) -> TargetCache:
     cache.keep(TEACHER, stand_in)
     demand = {"entries": [2.0, 3.5], "reply_tokens": 4.5, "tokens": 9}
     cache.keep(DEMAND, lambda path: path.write_text(json.dumps(demand)))
+    cache.keep(SIZE, lambda path: write_size(path, ModelSize(1000, 4000, 12.5)))
     return cache
 
 
-def test_a_teacher_and_its_demand_travel_with_the_replies(known: TargetCache, tmp_path: Path) -> None:
+def test_a_teacher_its_demand_and_its_size_travel_with_the_replies(known: TargetCache, tmp_path: Path) -> None:
     store = stores.read_store(known.folder)
-    assert (len(store.files), len(store.shards), store.stray, store.others) == (3, 1, (), ())
+    assert (len(store.files), len(store.shards), store.stray, store.others) == (4, 1, (), ())
     assert found_in(known.folder) == {}
     stores.export_store(store, tmp_path / "export")
     moved = stores.import_store(tmp_path / "export", tmp_path / "there")
-    assert (moved.files, moved.replies) == (3, 1)
-    for name in (TEACHER, DEMAND):
+    assert (moved.files, moved.replies) == (4, 1)
+    for name in (TEACHER, DEMAND, SIZE):
         assert (moved.folder / name).read_bytes() == (known.folder / name).read_bytes()
-    assert stores.import_store(tmp_path / "export", tmp_path / "there").present == 3
+    assert stores.import_store(tmp_path / "export", tmp_path / "there").present == 4
     (moved.folder / TEACHER).write_bytes(b"x")
     assert stores.import_store(tmp_path / "export", tmp_path / "there").files == 1
     assert found_in(moved.folder) == {}
@@ -936,11 +939,19 @@ FALSE: dict[str, tuple[str, Callable[[Path], object]]] = {
     "an endless demand": (DEMAND, lambda path: path.write_text('{"entries": [Infinity], "reply_tokens": 1}')),
     "no demand": (DEMAND, lambda path: path.write_text("[" * 60_000)),
     "a huge demand": (DEMAND, lambda path: path.write_bytes(b" " * 100_000)),
+    "a negative size": (SIZE, lambda path: path.write_text('{"parameters": -1, "bytes": 1}')),
+    "a size of words": (SIZE, lambda path: path.write_text('{"parameters": "1", "bytes": 1}')),
+    "an endless speed": (
+        SIZE,
+        lambda path: path.write_text('{"parameters": 1, "bytes": 1, "tokens_per_second": Infinity}'),
+    ),
+    "no size": (SIZE, lambda path: path.write_text("[" * 16_000)),
+    "a huge size": (SIZE, lambda path: path.write_bytes(b" " * 100_000)),
 }
 
 
 @pytest.mark.parametrize(("name", "forge"), FALSE.values(), ids=FALSE.keys())
-def test_a_forged_teacher_or_demand_with_the_right_digest_is_not_imported(
+def test_a_forged_teacher_demand_or_size_with_the_right_digest_is_not_imported(
     name: str, forge: Callable[[Path], object], known: TargetCache, tmp_path: Path
 ) -> None:
     stores.export_store(stores.read_store(known.folder), tmp_path / "export")
@@ -956,7 +967,15 @@ def test_a_forged_teacher_or_demand_with_the_right_digest_is_not_imported(
 
 
 @pytest.mark.parametrize(
-    "name", ["demand-x.json", "demand-0123456789abcdef.json/x", "Teacher.safetensors", "../" + DEMAND]
+    "name",
+    [
+        "demand-x.json",
+        "demand-0123456789abcdef.json/x",
+        "Teacher.safetensors",
+        "../" + DEMAND,
+        "size-x.json",
+        "../" + SIZE,
+    ],
 )
 def test_no_other_names_travel(name: str, known: TargetCache, tmp_path: Path) -> None:
     stores.export_store(stores.read_store(known.folder), tmp_path / "export")

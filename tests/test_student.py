@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -189,15 +189,152 @@ def test_on_a_cpu_nothing_is_compiled_unless_it_is_asked_for(place: Place) -> No
     assert (Path(left.adapter_path) / WEIGHTS).read_bytes() == (Path(plain.adapter_path) / WEIGHTS).read_bytes()
 
 
-def test_metrics_of_the_first_format_are_done_again(place: Place) -> None:
+@pytest.mark.parametrize("number", [1, 2])
+def test_metrics_of_an_earlier_format_are_done_again(number: int, place: Place) -> None:
     result_of(place.run("a"))
     weights, path = place.weights(), place.out / "a" / "kd_metrics.json"
     record = json.loads(path.read_text())
-    curves = {**record["curves"], **record.pop("timings")}
-    path.write_text(json.dumps({**record, "format": 1, "curves": curves}))
+    if number == 1:
+        record["curves"] |= record.pop("timings")
+    del record["result"]["proof"], record["proof_digest"]
+    path.write_text(json.dumps({**record, "format": number}))
     assert not result_of(place.run("a")).unchanged
     assert place.weights() == weights
-    assert json.loads(path.read_text())["format"] == 2
+    assert json.loads(path.read_text())["format"] == 3
+
+
+# What it is worth
+
+
+def test_the_proof_says_what_the_metrics_say(place: Place) -> None:
+    result = result_of(place.run("a"))
+    for model, metrics in ((result.proof.student, result.before), (result.proof.adapted, result.after)):
+        assert model.kl.value == pytest.approx(metrics.kl)
+        assert model.nll.value == pytest.approx(metrics.ce)
+        assert model.top1_agreement.value == pytest.approx(metrics.top1_agreement)
+    assert result.proof.tokens == result.before.tokens
+    assert result.proof.gap_closed.kl.value == pytest.approx(1 - result.after.kl / result.before.kl)
+    assert result.proof.teacher.kl.value == 0.0
+    assert {sample.where.rpartition(":")[2] for sample in result.proof.samples} == {"1", "2"}
+    assert all("".join(sample.pieces).startswith("the cat sat") for sample in result.proof.samples)
+
+
+def test_the_footprint_is_that_of_the_files(place: Place, teacher_folder: Path, student_folder: Path) -> None:
+    proof = result_of(place.run("a")).proof
+    adapter = mx.load(str(place.out / "a" / WEIGHTS))
+    assert proof.footprint.adapter_parameters == sum(array.size for array in adapter.values())
+    assert proof.footprint.adapter_parameters == metrics_of(place)["result"]["trainable_parameters"]
+    assert proof.footprint.adapter_bytes == (place.out / "a" / WEIGHTS).stat().st_size
+    for model, folder in ((proof.student, student_folder), (proof.teacher, teacher_folder)):
+        assert model.bytes == (folder / "model.safetensors").stat().st_size
+        assert model.parameters == sum(array.size for array in mx.load(str(folder / "model.safetensors")).values())
+    assert proof.footprint.parameter_ratio == proof.teacher.parameters / proof.adapted.parameters
+    assert proof.student.tokens_per_second is None, "no speed was asked for"
+
+
+def test_what_is_known_of_the_teacher_is_known_when_it_is_not_opened(place: Place) -> None:
+    place.config["evaluation"] = {"speed_tokens": 2}
+    first = result_of(place.run("a")).proof
+    run = place.run("a", fresh=True)
+    assert run.of(events.TeacherOpening) == []
+    again = result_of(run).proof
+    assert again.teacher == first.teacher
+    assert again.teacher.tokens_per_second > 0
+    assert again.footprint.speed_up == again.adapted.tokens_per_second / again.teacher.tokens_per_second
+    assert again.footprint.parameter_ratio == first.footprint.parameter_ratio
+
+
+def test_a_speed_that_the_cache_lacks_stays_unknown_while_the_teacher_is_closed(place: Place) -> None:
+    result_of(place.run("a"))
+    proof = result_of(place.run("a", evaluation__speed_tokens=2)).proof
+    assert (proof.teacher.tokens_per_second, proof.footprint.speed_up) == (None, None)
+    assert proof.student.tokens_per_second > 0
+    place.write("b", ["who said hello", "where is the mat"], ["who sat on the cat"])
+    run = place.run("a", "b", evaluation__speed_tokens=3)
+    assert run.results["b"].proof.teacher.tokens_per_second > 0, "it was open, and is measured then"
+
+
+def test_the_size_of_a_teacher_is_measured_once_on_a_machine(place: Place) -> None:
+    place.config["evaluation"] = {"speed_tokens": 2}
+    result_of(place.run("a"))
+    [size] = (place.root / "cache").glob("*/size-*.json")
+    before = size.read_bytes()
+    place.write("b", ["who said hello", "where is the mat"], ["who sat on the cat"])
+    run = place.run("b")
+    assert len(run.of(events.TeacherOpening)) == 1
+    assert size.read_bytes() == before
+
+
+def test_a_teacher_without_its_weights_is_compared_all_the_same(place: Place) -> None:
+    place.config["evaluation"] = {"speed_tokens": 2}
+    expected = result_of(place.run("a")).proof
+    [cache] = [path.parent.name for path in (place.root / "cache").glob("*/manifest.jsonl")]
+    run = place.run("a", teacher__model=f"cache:{cache}", fresh=True)
+    assert result_of(run).proof.teacher == expected.teacher
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"evaluation__speed_tokens": 2}, {"evaluation__answer_marker": "so:"}, {"evaluation__exact_match": False}],
+)
+def test_another_way_to_measure_measures_again_and_trains_nothing(change: dict[str, Any], place: Place) -> None:
+    place.write("a", SCORED, [{**SCORED[0], "answer": "the cat sat on the mat"}, *SCORED[1:2]])
+    first = result_of(place.run("a"))
+    weights = (place.out / "a" / WEIGHTS).stat().st_mtime_ns
+    run = place.run("a", **change)
+    assert not any(run.of(kind) for kind in (events.TeacherOpening, events.TrainingStarted, events.Stepped))
+    assert len(run.of(events.Proving)) == 1
+    found = result_of(run)
+    assert not found.unchanged
+    assert (found.steps, found.validations, found.before, found.after) == (
+        first.steps,
+        first.validations,
+        first.before,
+        first.after,
+    )
+    assert (place.out / "a" / WEIGHTS).stat().st_mtime_ns == weights, "not touched"
+    if "evaluation__speed_tokens" in change:
+        assert found.proof.adapted.tokens_per_second > 0
+    if "evaluation__exact_match" in change:
+        assert (first.proof.tasks, found.proof.tasks) == (1, 0)
+    assert result_of(place.run("a", **change)).unchanged
+
+
+def test_measuring_again_that_is_stopped_is_done_the_next_time(place: Place) -> None:
+    result_of(place.run("a"))
+    for event in place.start("a", evaluation__answer_marker="so:"):
+        if isinstance(event, events.Proving):
+            break
+    run = place.run("a", evaluation__answer_marker="so:")
+    assert run.of(events.Stepped) == []
+    assert not result_of(run).unchanged
+
+
+def test_of_a_teacher_that_is_the_student_there_is_nothing_to_learn(place: Place, student_folder: Path) -> None:
+    place.config |= {"teacher": str(student_folder), "targets": {"preset": "exact"}, "control": "sft"}
+    result = result_of(place.run("a"))
+    assert result.proof.headroom.standing == "same"
+    assert result.proof.verdict.outcome == "nothing to learn"
+    assert result.proof.verdict.against_control is None
+    assert "cannot help here" in result.proof.verdict.sentence
+
+
+def test_a_proof_is_in_the_metrics_and_the_summary(place: Place) -> None:
+    run = place.run("a")
+    proof = result_of(run).proof
+    assert json.loads(json.dumps(asdict(proof))) == metrics_of(place)["result"]["proof"]
+    assert run.summary["domains"]["a"]["proof"]["verdict"] == asdict(proof.verdict)
+    assert place.run("a").results["a"].proof == proof
+
+
+def test_replies_kept_in_part_are_proven_on_that_part(place: Place) -> None:
+    place.config["targets"] = {"share": 0.5}
+    proof = result_of(place.run("a")).proof
+    assert proof.tokens == sum(proof.prompts.tokens)
+    for sample in proof.samples:
+        known = [kl is not None for kl in sample.student]
+        assert 0 < sum(known) < len(known) == len(sample.pieces)
+        assert [kl is not None for kl in sample.adapted] == known
 
 
 # The pocket pair, with each objective
@@ -221,7 +358,7 @@ def distil_pocket(root: Path, out: Path, learning_rate: float = 2e-3, **losses: 
     place.config |= {
         "out": str(out),
         "capture": {"sampling_temperature": 0.0, "max_tokens": 32, "batch_size": 32},
-        "evaluation": {"exact_match": False},
+        "evaluation": {"exact_match": False, "speed_tokens": 0},
         "lora": {"rank": 8},
         "training": {"iters": 15, "learning_rate": learning_rate, "batch_size": 8, "validate_every": 15},
         "losses": losses,
@@ -255,7 +392,7 @@ def test_each_divergence_teaches_the_student(divergence: str, pocket_root: Path,
     ids=lambda losses: " ".join(f"{name}={value}" for name, value in losses.items()),
 )
 def test_schedules_and_weights_teach_the_student(losses: dict[str, Any], pocket_root: Path, tmp_path: Path) -> None:
-    result = result_of(distil_pocket(pocket_root, tmp_path, learning_rate=5e-4, **losses))
+    result = result_of(distil_pocket(pocket_root, tmp_path, learning_rate=2e-4, **losses))
     assert result.after.loss < result.before.loss
     first, last = result.steps[0], result.steps[-1]
     for step, alpha in ((first, losses.get("alpha", 0.7)), (last, losses.get("alpha_end", losses.get("alpha", 0.7)))):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -12,6 +13,10 @@ def main() -> None:
     # Set before mlx_lm and its tokenizers are imported: their warnings about threads and versions are not the user's.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for stream in (sys.stdout, sys.stderr):
+        # What a terminal cannot show is written out: an encoding is no reason for a traceback.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     from true_kd.errors import TrueKDError
     from true_kd.suggest import printable
 

@@ -23,6 +23,9 @@ CONFIG = "adapter_config.json"
 METRICS = "kd_metrics.json"
 RUN = "run.json"
 SUMMARY = "kd_summary.json"
+REPORT = "report.html"
+CONTROL = "control_sft"
+"""Folder inside that of a domain: the adapter of the control, with the files of a domain of its own."""
 
 
 def checkpoint_folder(folder: Path, iteration: int) -> Path:
@@ -81,6 +84,13 @@ def load_adapter(module: nn.Module, folder: Path) -> None:
         raise CacheError(
             f"{folder / WEIGHTS}: {len(found)} tensors, expected the {len(expected)} of its config. Distil it again."
         )
+    # The layers that bear it are new, and drop out inputs until they are told not to.
+    module.eval()
+
+
+def count_parameters(weights: Path) -> int:
+    """Numbers in an adapter's file."""
+    return sum(array.size for array in mx.load(str(weights)).values())
 
 
 def read_json(path: Path) -> Any:

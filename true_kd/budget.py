@@ -120,7 +120,7 @@ def read_demand(path: Path) -> Demand | None:
         demand = Demand(
             tuple(float(value) for value in record["entries"]), float(record["reply_tokens"]), int(record["tokens"])
         )
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
     numbers = (*demand.entries, demand.reply_tokens)
     sound = len(demand.entries) == len(THRESHOLDS) and all(0 < value < math.inf for value in numbers)

@@ -53,6 +53,8 @@ TEACHER = STAND_IN
 """All of the teacher but its weights, so that its replies are of use where it is not."""
 DEMAND = re.compile(r"demand-[0-9a-f]{16}\.json")
 """Names of what a budget was measured to need of the teacher: see `true_kd.budget`."""
+SIZE = re.compile(r"size-[0-9a-f]{16}\.json")
+"""Names of how large and fast the teacher was on a machine: see `true_kd.sizes`."""
 LOCK = ".lock"
 ABOUT = "about.json"
 """For people, and believed by nothing: what the teacher is called, and since when the cache is here."""
@@ -115,7 +117,7 @@ SHARD = re.compile(r"[0-9a-f]{16}\.safetensors")
 
 def is_stored(name: str) -> bool:
     """Whether a manifest may name this file: no other is ever read or written because it does."""
-    return name in (HEAD, TEACHER) or any(kind.fullmatch(name) for kind in (SHARD, DEMAND))
+    return name in (HEAD, TEACHER) or any(kind.fullmatch(name) for kind in (SHARD, DEMAND, SIZE))
 
 
 def parse_line(line: bytes) -> StoredFile | None:
@@ -234,6 +236,10 @@ class TargetCache:
     def path_of(self, name: str) -> Path | None:
         """A file of the cache; None where there is none, or it is damaged."""
         return self.folder / name if name in self._files and self._is_whole(name) else None
+
+    def names(self, kind: re.Pattern[str]) -> list[str]:
+        """The files of the cache whose names are of a kind."""
+        return [name for name in self._files if kind.fullmatch(name)]
 
     def size(self, keys: Iterable[str]) -> int:
         """Bytes of the shards that hold `keys`, whole files."""

@@ -21,6 +21,7 @@ from true_kd.errors import ConfigError
 from true_kd.evaluation import EvaluationOptions
 from true_kd.fidelity import FidelityOptions
 from true_kd.files import expand
+from true_kd.gate import GateOptions
 from true_kd.losses import LossOptions
 from true_kd.models import LoraOptions, ModelOptions
 from true_kd.options import Options
@@ -64,6 +65,13 @@ class RunConfig(Options):
     """The optimisation."""
     evaluation: EvaluationOptions = EvaluationOptions()
     """What is measured on the validation prompts."""
+    gate: GateOptions = GateOptions()
+    """The check that the teacher has something to teach."""
+    control: Literal["none", "sft"] = "none"
+    """Train a second student on the same text for as many steps by cross-entropy alone, and say whether distillation
+    beat it: sft, or none to leave it out."""
+    report: bool = True
+    """Write report.html beside kd_summary.json at the end of a run."""
     vocab_strategy: VocabStrategy = "match"
     """What to do when the vocabularies differ: match (refuse), truncate (keep common ids), project (map by token)."""
     memory_gb: float | None = Field(default=None, gt=0.0, le=1e6)
@@ -107,6 +115,7 @@ SHORT_NAMES: Mapping[str, KeyPath] = {
     "cache_gb": ("targets", "gigabytes"),
     "out": ("out",),
     "prompts": ("prompts",),
+    "control": ("control",),
     "vocab_strategy": ("vocab_strategy",),
     "memory_gb": ("memory_gb",),
     "seed": ("seed",),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from true_kd.cache import TargetCache
 from true_kd.capture import TeacherPrompt
 from true_kd.errors import InputError
 from true_kd.examples import Example, make_example, render
@@ -26,6 +27,8 @@ class DomainData:
     valid: list[Example]
     checkable: list[Prompt]
     """Validation prompts with an answer."""
+    given: bool
+    """Whether the validation replies are the data's own, all of them, not written by the teacher."""
     counts: DataCounts
 
 
@@ -42,9 +45,7 @@ def build_data(job: Job, student: LanguageModel) -> DomainData:
     """
     targets, config = job.targets, job.config
     keys = [prompt.key for prompt in (*targets.train, *targets.valid)]
-    stored = targets.cache.head_path
-    head = TeacherHead(load_head(stored)) if stored else None
-    replies = targets.cache.read(dict.fromkeys(keys), head)
+    replies = read_replies(targets.cache, keys)
     splits = {
         "train": _Split(job.train_prompts, targets.train),
         "valid": _Split(job.valid_prompts, targets.valid),
@@ -72,7 +73,23 @@ def build_data(job: Job, student: LanguageModel) -> DomainData:
         cache_tokens=targets.cache.stored_tokens(keys),
     )
     train = weigh_tokens(examples["train"], splits["train"].used, config.losses.weigh_by)
-    return DomainData(train, examples["valid"], checkable, counts)
+    given = all(replies[prompt.key].finished == "given" for prompt in targets.valid)
+    return DomainData(train, examples["valid"], checkable, given, counts)
+
+
+def sample_data(
+    job: Job, prompts: Sequence[Prompt], asked: Sequence[TeacherPrompt], cache: TargetCache, student: LanguageModel
+) -> tuple[list[Example], bool]:
+    """Examples of some captured prompts of a job, and whether all their replies are the data's own."""
+    replies = read_replies(cache, [prompt.key for prompt in asked])
+    examples = _Split(prompts, asked).examples(replies, student, job)
+    return examples, all(reply.finished == "given" for reply in replies.values())
+
+
+def read_replies(cache: TargetCache, keys: Sequence[str]) -> dict[str, CachedReply]:
+    """The replies of some keys with targets that can be read, hidden states by the head that is stored beside them."""
+    stored = cache.head_path
+    return cache.read(dict.fromkeys(keys), TeacherHead(load_head(stored)) if stored else None)
 
 
 class _Split:

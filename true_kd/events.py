@@ -9,6 +9,9 @@ from pathlib import Path
 from true_kd.budget import BudgetChoice
 from true_kd.capture import CaptureProgress
 from true_kd.fidelity import Fidelity
+from true_kd.gate import Headroom, ParentComparison
+from true_kd.proof import Proof
+from true_kd.ranking import Recommendation
 from true_kd.reporting import DataCounts, KDResult, Validation
 from true_kd.training import StepMetrics
 
@@ -55,6 +58,14 @@ class DomainCaptured:
     bytes_per_token: float
     """Over those files."""
     folder: Path
+
+
+@dataclass(frozen=True)
+class Probed:
+    """Teacher and student were compared, on a few held-out prompts or on all of them."""
+
+    domain: str
+    headroom: Headroom
 
 
 @dataclass(frozen=True)
@@ -136,10 +147,28 @@ class Validated:
 
 
 @dataclass(frozen=True)
+class Proving:
+    """Student, adapters and teacher are about to be compared on the held-out prompts."""
+
+    domain: str
+    prompts: int
+
+
+@dataclass(frozen=True)
 class DomainFinished:
     """A domain's adapter is in its folder; `result.unchanged` where it had been there already."""
 
     result: KDResult
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A domain's adapter was measured anew."""
+
+    domain: str
+    proof: Proof
+    kept: bool
+    """Whether it went into the domain's kd_metrics.json: not where the adapter is of other prompts or settings."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +192,57 @@ class CaptureFinished:
 
 
 @dataclass(frozen=True)
+class EvaluationFinished:
+    """The last event of an evaluation."""
+
+    proofs: Mapping[str, Proof]
+    """By domain."""
+    failures: Mapping[str, Exception]
+
+
+@dataclass(frozen=True)
+class ParentCompared:
+    """A teacher was measured against its full-precision parent, on replies that it wrote itself."""
+
+    domain: str
+    parent: str
+    replies: int
+    comparison: ParentComparison
+
+
+@dataclass(frozen=True)
+class AnalysisFinished:
+    """The last event of an analysis."""
+
+    headrooms: Mapping[str, Headroom]
+    """By domain, the most to gain first."""
+    parents: Mapping[str, ParentComparison]
+    failures: Mapping[str, Exception]
+
+
+@dataclass(frozen=True)
+class PointStarted:
+    """The next setting of a sweep."""
+
+    point: str
+    number: int
+    """Counted from 1."""
+    total: int
+
+
+@dataclass(frozen=True)
+class SweepFinished:
+    """The last event of a sweep."""
+
+    recommendations: tuple[Recommendation, ...]
+    """One a domain."""
+    failures: Mapping[str, Exception]
+    """By domain and point."""
+    table: Path
+    """The file with all rows."""
+
+
+@dataclass(frozen=True)
 class RunFinished:
     """All domains are done; the summary is written."""
 
@@ -170,6 +250,8 @@ class RunFinished:
     failures: Mapping[str, Exception]
     summary: Path
     seconds: float
+    report: Path | None = None
+    """The page for people, where one is wanted."""
 
 
 Event = (
@@ -178,6 +260,7 @@ Event = (
     | Captured
     | DomainCaptured
     | CaptureReused
+    | Probed
     | TeacherFreed
     | TrainingStarted
     | Certified
@@ -186,7 +269,14 @@ Event = (
     | MemoryShort
     | Stepped
     | Validated
+    | Proving
     | DomainFinished
+    | Evaluated
+    | EvaluationFinished
+    | ParentCompared
+    | AnalysisFinished
+    | PointStarted
+    | SweepFinished
     | DomainFailed
     | CaptureFinished
     | RunFinished

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import mlx.core as mx
@@ -22,7 +22,7 @@ from true_kd.batching import Batch, collate
 from true_kd.examples import Example
 from true_kd.losses import ForwardKL, Objective, chunks, token_losses
 from true_kd.models import Split
-from true_kd.options import Fraction, Options, PositiveInt
+from true_kd.options import Fraction, Options, PositiveInt, record
 from true_kd.targets import SparseTargets
 from true_kd.training import Gradients, Room, sum_gradients
 
@@ -42,7 +42,7 @@ _ENOUGH = 200
 """Tokens from which on a poor certificate may refuse a run."""
 
 
-@dataclass(frozen=True)
+@record
 class Position:
     """A response token at which the cache says least about the teacher."""
 
@@ -51,14 +51,17 @@ class Position:
     token: int
     """Its place in the response, counted from 0."""
     tail_mass: float
+    """Share of the distribution there that is sampled."""
 
 
-@dataclass(frozen=True)
+@record
 class Fidelity:
     """What the cache keeps of the teacher, at the run's temperature, over held-out response tokens."""
 
     temperature: float
+    """Of the loss, the highest of the run."""
     tokens: int
+    """Held-out response tokens that were looked at."""
     tail_mass: float
     """Mean share of the distribution that is sampled, not kept exactly."""
     kl_floor: float
@@ -68,7 +71,9 @@ class Fidelity:
     worst: tuple[Position, ...]
     """The positions with the most tail mass, at most three."""
     bytes_per_token: float
+    """On disk, over the files that hold the domain's targets."""
     cache_bytes: int
+    """Of these files."""
 
     @property
     def angle(self) -> float:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import NoReturn
 
-from true_kd import prompts, stores
+import numpy as np
+
+from true_kd import adapters, prompts, stores
 from true_kd.cache import TargetCache
 from true_kd.capture import TeacherPrompt
 from true_kd.config import Override, RunConfig, load_config
 from true_kd.errors import InputError, PromptError, TrueKDError, shared_exit_code
 from true_kd.files import digest_json
+from true_kd.losses import LossOptions
 from true_kd.models import ModelOptions
 from true_kd.prompts import Prompt
+from true_kd.proof import Proof
 from true_kd.reporting import FORMAT
+from true_kd.sizes import ModelSize
 from true_kd.suggest import quote
 from true_kd.vocabulary import VocabularyMap
 
@@ -78,8 +84,10 @@ class CapturedTargets:
     seconds: float
     peak_memory: int
     """Bytes, of the teacher's phase so far."""
-    exact_match: float | None
-    """Share of checkable validation tasks that the teacher's replies get right; None where there are none."""
+    right: np.ndarray | None
+    """bool [tasks], which checkable validation tasks the teacher's replies get right; None where there are none, or the
+    data wrote some of the replies."""
+    teacher_size: ModelSize
 
 
 @dataclass
@@ -90,22 +98,39 @@ class Job:
     config: RunConfig
     train_prompts: Sequence[Prompt]
     valid_prompts: Sequence[Prompt]
-    run_digest: str = ""
     teacher: TeacherSource | None = None
+    teacher_digest: str = ""
+    """Of the teacher's files, as `student_digest` is of the student's."""
+    student_digest: str = ""
     vocabulary: VocabularyMap | None = None
     targets: CapturedTargets | None = None
+    was_probed: bool = False
+    """Whether teacher and student were compared before all was captured."""
+    is_control: bool = False
 
     @property
     def folder(self) -> Path:
-        """Where the domain's adapter goes."""
-        return self.config.out_folder / self.domain
+        """Where the adapter goes."""
+        folder = self.config.out_folder / self.domain
+        return folder / adapters.CONTROL if self.is_control else folder
 
-    def digest(self, teacher: str, student: str) -> str:
-        """What the result depends on: models, prompts and every option but those that say where things lie or
-        what they may take.
+    @property
+    def label(self) -> str:
+        """What a run's reports call it."""
+        return f"{self.domain} (SFT control)" if self.is_control else self.domain
 
-        `teacher` and `student` are the digests of their files.
-        """
+    def control(self) -> Job:
+        """The same student trained as long on the same text of the teacher, by cross-entropy alone."""
+        weigh_by = "reward" if self.config.losses.weigh_by == "reward" else "none"
+        # At temperature 1, so that what its curves say of the teacher is the KL that all else is compared by.
+        plain = LossOptions(alpha=0.0, temperature=1.0, weigh_by=weigh_by, chunk=self.config.losses.chunk)
+        config = self.config.model_copy(update={"losses": plain, "control": "none"})
+        return replace(self, config=config, is_control=True)
+
+    @cached_property
+    def run_digest(self) -> str:
+        """What the adapter depends on: models, prompts and every option but those that say where things lie, what they
+        may take, or what is measured of them. The digests of the models are known by now."""
         return digest_json(
             {
                 "format": FORMAT,
@@ -113,15 +138,25 @@ class Job:
                     mode="json",
                     exclude={
                         **dict.fromkeys(("out", "cache", "fresh", "domains", "prompts", "memory_gb"), True),
+                        **dict.fromkeys(("evaluation", "gate", "control", "report"), True),
                         **{seam: {"model", "revision", "adapter"} for seam in ("teacher", "student")},
                     },
                 ),
-                "teacher": teacher,
-                "student": student,
+                "teacher": self.teacher_digest,
+                "student": self.student_digest,
                 "train": [prompt.identity() for prompt in self.train_prompts],
                 "valid": [prompt.identity() for prompt in self.valid_prompts],
             }
         )
+
+    def lacks_control(self, proof: Proof) -> bool:
+        """Whether a control is wanted that a proof does not have."""
+        return self.config.control != "none" and proof.control is None
+
+    @property
+    def proof_digest(self) -> str:
+        """What the proof depends on besides the adapter."""
+        return digest_json(self.config.evaluation.model_dump(mode="json"))
 
 
 def choose_domains(

@@ -1,8 +1,13 @@
-"""The base of every options class: frozen, unknown keys refused, numbers never taken from booleans or strings."""
+"""The base of every options class, and of every record that a run leaves.
+
+Options are frozen, refuse unknown keys and never take numbers from booleans or strings. Of both, the string below a
+field is its description: in `--help`, in the JSON schemas and in the docs.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Annotated, TypeVar, dataclass_transform
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -11,6 +16,16 @@ class Options(BaseModel):
     """Base of all options. Each subclass lives beside the code that reads it and owns the defaults."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+_Record = TypeVar("_Record")
+
+
+@dataclass_transform(frozen_default=True)
+def record(cls: type[_Record]) -> type[_Record]:
+    """A frozen dataclass that is written to JSON: its schema tells what each field means."""
+    cls.__pydantic_config__ = ConfigDict(use_attribute_docstrings=True)  # type: ignore[attr-defined]
+    return dataclass(frozen=True)(cls)
 
 
 PositiveInt = Annotated[int, Field(ge=1)]

@@ -1,224 +1,257 @@
-"""The student's phase of one domain: open, measure, adapt, train, keep the best, measure again, write the folder."""
+"""The student's phase of one domain: measure, train, train the control, measure again, prove, write the folder."""
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Generator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from true_kd import adapters, events, reporting
+from true_kd.arms import Clock, Trained, find_start, train_arm
 from true_kd.backend import versions
-from true_kd.checkpoints import Checkpoint, Progress, drop_states, find_checkpoint, save_checkpoint
+from true_kd.checkpoints import Checkpoint, drop_states
 from true_kd.datasets import DomainData, build_data
-from true_kd.errors import ModelError, NonFiniteLossError, PoorTargetsError
-from true_kd.evaluation import evaluate, exact_match
-from true_kd.fidelity import Fidelity, certify
-from true_kd.files import remove, remove_temporaries, write_json
+from true_kd.errors import InputError
+from true_kd.evaluation import EvalMetrics, evaluate, exact_match, measure
+from true_kd.gate import Headroom, NothingToTeach, check_sound, weigh_up
 from true_kd.jobs import Job
 from true_kd.memory import budget_bytes, set_guards
-from true_kd.models import LanguageModel, add_lora, open_model, parameter_count, release_memory, trainable
-from true_kd.reporting import ExactMatch, KDResult, Validation
-from true_kd.suggest import quote
-from true_kd.training import NonFinite, Room, TrainingState, train
+from true_kd.models import LanguageModel, open_model, release_memory
+from true_kd.proof import Measured, Proof, prove
+from true_kd.reporting import KDResult, Validation
+from true_kd.sizes import ModelSize, measure_size
 
 
 def distill_student(job: Job) -> Generator[events.Event, None, KDResult]:
-    """Train one domain's adapter from the cached targets and write its folder; returns the result.
+    """Train one domain's adapter from the cached targets, prove what it is worth and write its folder.
+
+    An adapter that an earlier run of this job has finished is measured, and not trained again.
 
     Raises
     ------
-    NonFiniteLossError
-        when training diverges; the folder then holds the best weights so far.
+    NothingToTeach
+        when the teacher is no better than the student, and the gate is to refuse that.
+    PoorTargetsError, NonFiniteLossError
+        see `arms.train_arm`.
     """
     config = job.config
-    budget = budget_bytes(config.memory_gb)
-    set_guards(budget)
+    set_guards(budget_bytes(config.memory_gb))
     mx.reset_peak_memory()
+    earlier = None if config.fresh else reporting.read_result(job.folder, job.run_digest)
     student = open_model(config.student, "student")
     data = build_data(job, student)
-    checkpoint = None if config.fresh else find_checkpoint(job.folder, job.run_digest)
-    made = checkpoint.progress.iteration if checkpoint else 0
-    if not (checkpoint or config.fresh) and (others := adapters.checkpoints(job.folder)):
-        yield events.CheckpointsReplaced(job.domain, max(others))
-    yield events.TrainingStarted(job.domain, config.training.iters, data.counts, made)
-
-    clock = _Clock()
-    before = Validation(0, evaluate(student.module, data.valid, config.losses.final, config.training.batch_size))
-    if not math.isfinite(before.metrics.loss):
-        raise ModelError(
-            f"student {quote(config.student.model)}: its loss on the validation prompts is not a finite number before "
-            "any training, expected sound weights. Choose another model."
-        )
-    answers_before = _exact_match(job, student, data)
+    start = find_start(job)
+    if earlier is None:
+        yield from _announce(job, data, start)
+    clock = Clock()
+    base = _measure_base(job, student, data)
     clock.stop("evaluation")
-    yield events.Validated(job.domain, before)
-
-    student_parameters = parameter_count(student.module)
-    mx.random.seed(config.seed)
-    add_lora(student.module, config.lora)
-    held = job.targets.cache.head_path
-    budget -= held.stat().st_size if held else 0
-    room = Room(student.module, data.train, config.training, config.losses, budget)
-    fidelity = _certify(job, student, data, budget)
-    clock.stop("evaluation")
-    # With alpha 0 nothing is taken from the targets.
-    poor = config.losses.distils and fidelity.is_poor(config.fidelity)
-    yield events.Certified(job.domain, fidelity, poor)
-    if poor and fidelity.refuses(config.fidelity):
-        raise PoorTargetsError(
-            fidelity.cosine, config.fidelity.least_cosine, fidelity.temperature, config.targets.has_budget
-        )
-    sampled = config.losses.final.divergence.sampled
-    if not sampled and config.losses.distils and job.targets.cache.head_path is None:
-        yield events.DivergenceCoarsened(job.domain, config.losses.divergence, fidelity.tail_mass)
-    if (need := room.need(data.train)) > budget:
-        yield events.MemoryShort(job.domain, need, room.weights, budget, config.training.grad_checkpoint)
-    _begin_folder(job, made)
-    run = yield from _train(job, student, data, clock, room, checkpoint)
-
-    # What is reported is measured on the folder as it was saved, opened anew as its user will.
+    if earlier is None:
+        yield events.Validated(job.label, base.validation)
+        yield from _pass_gate(job, base.headroom)
+        has_signal = base.headroom.standing != "same"
+        trained = yield from train_arm(job, student, data, clock, start, has_signal)
+    tokenizer = student.tokenizer
     del student
     release_memory()
+    control, took = yield from _run_control(job, base)
+    clock.skip()
+    proof, after = yield from _prove(job, base, control, tokenizer)
+    clock.stop("evaluation")
+    if earlier is None:
+        result = _result(job, base.validation, after, data, trained, clock)
+    else:
+        result = replace(earlier, after=after, unchanged=False, finished_at=reporting.now(), versions=versions())
+    result = replace(result, proof=proof, seconds={**result.seconds, **took})
+    reporting.write_result(job.folder, result, job.run_digest, job.proof_digest)
+    drop_states(job.folder)
+    return result
+
+
+def evaluate_student(job: Job) -> Generator[events.Event, None, tuple[Proof, KDResult | None]]:
+    """Measure the adapter in a job's folder; what an earlier run of this job left is brought up to date.
+
+    Returns
+    -------
+    proof, result
+        the latter None where the adapter is of other prompts or settings, or its run was not finished.
+
+    Raises
+    ------
+    InputError
+        when there is no adapter.
+    """
+    config = job.config
+    set_guards(budget_bytes(config.memory_gb))
+    if not (job.folder / adapters.WEIGHTS).is_file():
+        raise InputError(f"{job.folder}: no adapter here, expected one. Run `true-kd distill --domain {job.domain}`.")
+    student = open_model(config.student, "student")
+    data = build_data(job, student)
+    base = _measure_base(job, student, data)
+    tokenizer = student.tokenizer
+    del student
+    release_memory()
+    earlier = reporting.read_result(job.folder, job.run_digest)
+    control, took = yield from _run_control(job, base, may_train=earlier is not None)
+    proof, after = yield from _prove(job, base, control, tokenizer)
+    if earlier is None:
+        return proof, None
+    result = replace(
+        earlier, after=after, proof=proof, unchanged=False, versions=versions(), seconds={**earlier.seconds, **took}
+    )
+    reporting.write_result(job.folder, result, job.run_digest, job.proof_digest)
+    return proof, result
+
+
+@dataclass(frozen=True)
+class _Base:
+    """The student as it came, on a domain's held-out prompts."""
+
+    data: DomainData
+    measured: Measured
+    validation: Validation
+    headroom: Headroom
+
+
+def _announce(job: Job, data: DomainData, start: Checkpoint | None) -> Generator[events.Event, None, None]:
+    if not (start or job.config.fresh) and (others := adapters.checkpoints(job.folder)):
+        yield events.CheckpointsReplaced(job.label, max(others))
+    made = start.progress.iteration if start else 0
+    yield events.TrainingStarted(job.label, job.config.training.iters, data.counts, made)
+
+
+def _measure_base(job: Job, student: LanguageModel, data: DomainData) -> _Base:
+    final = job.config.losses.final
+    scores = measure(student.module, data.valid, final, job.config.training.batch_size)
+    check_sound(scores, job.config.student.model)
+    right = _right_answers(job, student, data)
+    size = measure_size(
+        student,
+        job.config.student,
+        "student",
+        [example.prompt.tolist() for example in data.valid],
+        job.config.evaluation.speed_tokens,
+    )
+    headroom = weigh_up(data.valid, scores, student.tokenizer, data.given, job.targets.right, right)
+    return _Base(data, Measured(scores, right, size), Validation(0, scores.metrics(final)), headroom)
+
+
+def _pass_gate(job: Job, headroom: Headroom) -> Generator[events.Event, None, None]:
+    if not job.was_probed:
+        yield events.Probed(job.label, headroom)
+    if job.config.gate.refuses(headroom):
+        raise NothingToTeach(headroom)
+
+
+def _prove(
+    job: Job, base: _Base, control: Measured | None, tokenizer: Any
+) -> Generator[events.Event, None, tuple[Proof, EvalMetrics]]:
+    """The proof, and the adapter's metrics by the run's own objective."""
+    yield events.Proving(job.label, len(base.data.valid))
+    # What is reported is measured on the folder as it was saved, opened anew as its user will.
+    adapted = _measure_adapter(job, base)
+    proof = prove(
+        job.domain,
+        base.data.valid,
+        base.measured,
+        adapted,
+        control,
+        job.targets.right,
+        job.targets.teacher_size,
+        base.headroom,
+        tokenizer,
+    )
+    return proof, adapted.scores.metrics(job.config.losses.final)
+
+
+def _run_control(
+    job: Job, base: _Base, may_train: bool = True
+) -> Generator[events.Event, None, tuple[Measured | None, dict[str, float]]]:
+    """The control as it measures, and the seconds that it took; one is trained where it is wanted and not there.
+
+    `may_train` is false where what lies there is measured, whatever it was trained for.
+    """
+    control, wanted = job.control(), job.config.control != "none" and may_train
+    redo = wanted and job.config.fresh
+    finished = None if redo else reporting.read_result(control.folder, control.run_digest if may_train else None)
+    if finished is None and not wanted:
+        return None, {}
+    if finished is None:
+        finished = yield from _train_control(control)
+    return _measure_adapter(control, base, job), {"control": sum(finished.seconds.values())}
+
+
+def _train_control(control: Job) -> Generator[events.Event, None, KDResult]:
+    final, batch_size = control.config.losses.final, control.config.training.batch_size
+    student = open_model(control.config.student, "student")
+    data = build_data(control, student)
+    start = find_start(control)
+    yield from _announce(control, data, start)
+    clock = Clock()
+    before = Validation(0, evaluate(student.module, data.valid, final, batch_size))
+    yield events.Validated(control.label, before)
+    trained = yield from train_arm(control, student, data, clock, start)
+    del student
+    release_memory()
+    adapted = open_model(control.config.student, "student")
+    adapters.load_adapter(adapted.module, control.folder)
+    after = evaluate(adapted.module, data.valid, final, batch_size)
+    clock.stop("evaluation")
+    result = _result(control, before, after, data, trained, clock)
+    reporting.write_result(control.folder, result, control.run_digest)
+    drop_states(control.folder)
+    return result
+
+
+def _measure_adapter(job: Job, base: _Base, judge: Job | None = None) -> Measured:
+    """A job's adapter on the held-out prompts, by the objective of `judge`; None stands for the job itself."""
+    config = (judge or job).config
     adapted = open_model(config.student, "student")
     adapters.load_adapter(adapted.module, job.folder)
-    after = evaluate(adapted.module, data.valid, config.losses.final, config.training.batch_size)
-    answers_after = _exact_match(job, adapted, data)
-    clock.stop("evaluation")
-    result = KDResult(
+    scores = measure(adapted.module, base.data.valid, config.losses.final, config.training.batch_size)
+    prompts = [example.prompt.tolist() for example in base.data.valid]
+    size = measure_size(adapted, config.student, "student", prompts, config.evaluation.speed_tokens)
+    weights = job.folder / adapters.WEIGHTS
+    size = ModelSize(
+        parameters=(base.measured.size.parameters or 0) + adapters.count_parameters(weights),
+        bytes=(base.measured.size.bytes or 0) + weights.stat().st_size,
+        tokens_per_second=size.tokens_per_second,
+    )
+    right = _right_answers(judge or job, adapted, base.data)
+    del adapted
+    release_memory()
+    return Measured(scores, right, size)
+
+
+def _right_answers(job: Job, model: LanguageModel, data: DomainData) -> np.ndarray | None:
+    if not (job.config.evaluation.exact_match and data.checkable):
+        return None
+    return exact_match(model, data.checkable, job.config.capture, job.config.evaluation)
+
+
+def _result(
+    job: Job, before: Validation, after: EvalMetrics, data: DomainData, trained: Trained, clock: Clock
+) -> KDResult:
+    run = trained.progress
+    return KDResult(
         domain=job.domain,
         teacher=job.teacher.name,
-        student=config.student.model,
+        student=job.config.student.model,
         adapter_path=str(job.folder),
         data=data.counts,
         before=before.metrics,
         after=after,
         best_iteration=run.best.iteration,
-        exact_match=_compare_answers(job, data, answers_before, answers_after),
         steps=tuple(run.steps),
         validations=(before, *run.validations),
-        seconds={"capture": job.targets.seconds, **clock.seconds},
-        capture_peak_memory=job.targets.peak_memory,
-        training_peak_memory=mx.get_peak_memory(),
+        seconds={"capture": 0.0 if job.is_control else job.targets.seconds, **clock.seconds},
+        capture_peak_memory=0 if job.is_control else job.targets.peak_memory,
+        training_peak_memory=trained.peak_memory,
         trainable_parameters=sum(weights.size for weights in run.best_weights.values()),
-        student_parameters=student_parameters,
-        fidelity=fidelity,
+        fidelity=trained.fidelity,
         finished_at=reporting.now(),
         versions=versions(),
     )
-    reporting.write_result(job.folder, result, job.run_digest)
-    drop_states(job.folder)
-    return result
-
-
-def _certify(job: Job, student: LanguageModel, data: DomainData, budget: int) -> Fidelity:
-    config = job.config
-    # Layers recompute in training mode only, and with dropout the certificate would measure that.
-    plainly = config.training.model_copy(update={"grad_checkpoint": False})
-    return certify(
-        student.module,
-        data.valid,
-        replace(config.losses.final, temperature=config.losses.hottest),
-        config.training.batch_size,
-        config.fidelity,
-        data.counts.cache_bytes,
-        data.counts.cache_tokens,
-        Room(student.module, data.valid, plainly, config.losses, budget),
-    )
-
-
-class _Clock:
-    """Seconds per phase: `stop` books the time since the last stop."""
-
-    def __init__(self) -> None:
-        self.seconds = {"training": 0.0, "evaluation": 0.0}
-        self._since = time.perf_counter()
-
-    def stop(self, phase: str) -> None:
-        now = time.perf_counter()
-        self.seconds[phase] += now - self._since
-        self._since = now
-
-
-def _begin_folder(job: Job, made: int) -> None:
-    """Take away what passes for this run's but is beyond its steps; an adapter stays until there is a new one."""
-    remove(job.folder / adapters.METRICS)
-    adapters.remove_checkpoints(job.folder, made)
-    for folder in (job.folder, *adapters.checkpoints(job.folder).values()):
-        remove_temporaries(folder)
-
-
-def _train(
-    job: Job, student: LanguageModel, data: DomainData, clock: _Clock, room: Room, checkpoint: Checkpoint | None
-) -> Generator[events.Event, None, Progress]:
-    options, losses = job.config.training, job.config.losses
-    run, state = Progress(), TrainingState(student.module, options)
-    if checkpoint is not None:
-        run = checkpoint.progress
-        student.module.load_weights(list(checkpoint.weights.items()), strict=False)
-        state.restore(run.iteration, checkpoint.state)
-        if run.best is not None:
-            _save(job, run.best_weights)
-        clock.seconds["training"] += sum(step.seconds for step in run.steps)
-    if run.is_over(options.iters, options.patience):
-        return run
-    # The loss of a step is that of the weights before it: a finite step proves those, not the ones it leaves.
-    proven = current = trainable(student.module)
-    try:
-        for step in train(student.module, data.train, options, losses, job.config.seed, state, room):
-            proven, current = current, trainable(student.module)
-            run.steps.append(step)
-            yield events.Stepped(job.domain, step)
-            if step.iteration % options.validate_every == 0 or step.iteration == options.iters:
-                clock.stop("training")
-                metrics = evaluate(student.module, data.valid, losses.final, options.batch_size)
-                if not math.isfinite(metrics.loss):
-                    raise NonFinite(step.iteration, "the validation loss")
-                if run.validated(Validation(step.iteration, metrics), current):
-                    _save(job, current)
-                clock.stop("evaluation")
-                yield events.Validated(job.domain, run.validations[-1])
-            over = run.is_over(options.iters, options.patience)
-            if step.iteration % options.checkpoint_every == 0 or over:
-                _save(job, current, step.iteration)
-                save_checkpoint(job.folder, run, state.arrays(), job.run_digest)
-            if over:
-                break
-    except NonFinite as error:
-        if run.best is None:
-            _save(job, proven)
-        raise NonFiniteLossError(error.iteration, error.what, job.folder) from error
-    clock.stop("training")
-    return run
-
-
-def _save(job: Job, weights: dict[str, mx.array], checkpoint: int | None = None) -> None:
-    config = job.config
-    folder = job.folder if checkpoint is None else adapters.checkpoint_folder(job.folder, checkpoint)
-    settings = {
-        "domain": job.domain,
-        "teacher": job.teacher.name,
-        **config.losses.model_dump(include={"divergence", "temperature", "alpha"}),
-        "iters": config.training.iters,
-        "learning_rate": config.training.learning_rate,
-        "seed": config.seed,
-        "run_digest": job.run_digest,
-    }
-    adapters.save_adapter(folder, weights, config.lora, config.student.model, settings)
-    if checkpoint is None:
-        # With the weights, so that it never describes others.
-        write_json(folder / adapters.RUN, {**config.model_dump(mode="json"), "domains": [job.domain], "fresh": False})
-
-
-def _exact_match(job: Job, student: LanguageModel, data: DomainData) -> float | None:
-    if not (job.config.evaluation.exact_match and data.checkable):
-        return None
-    return exact_match(student, data.checkable, job.config.capture, job.config.evaluation)
-
-
-def _compare_answers(job: Job, data: DomainData, before: float | None, after: float | None) -> ExactMatch | None:
-    if before is None or after is None:
-        return None
-    return ExactMatch(tasks=len(data.checkable), student=before, adapted=after, teacher=job.targets.exact_match)

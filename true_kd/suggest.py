@@ -33,6 +33,12 @@ def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     return f"; did you mean '{found}'?" if found is not None else ""
 
 
+def percent(share: float) -> str:
+    """A share in whole per cent, and never "-0%"."""
+    text = f"{share:.0%}"
+    return "0%" if text == "-0%" else text
+
+
 def quote(text: str) -> str:
     """`text` in quotes on one line: control and surrogate codes escaped, cut after 60 characters."""
     return repr(text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "...")

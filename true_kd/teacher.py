@@ -10,13 +10,14 @@ from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from true_kd import events
 from true_kd.budget import Demand, choose_settings, demand_path, measure, read_demand, write_demand
-from true_kd.cache import TEACHER, TargetCache
+from true_kd.cache import SIZE, TEACHER, TargetCache
 from true_kd.capture import CaptureOptions, TeacherPrompt, capture, render_for, teacher_identity
 from true_kd.errors import ModelError, TrueKDError
-from true_kd.evaluation import EvaluationOptions, score_answers
+from true_kd.evaluation import EvaluationOptions, right_answers
 from true_kd.jobs import CapturedTargets, Job
 from true_kd.models import (
     LanguageModel,
@@ -29,7 +30,7 @@ from true_kd.models import (
     save_stand_in,
 )
 from true_kd.prompts import Prompt
-from true_kd.shards import CachedReply
+from true_kd.sizes import ModelSize, machine, measure_size, read_size, size_file, write_size
 from true_kd.suggest import quote
 from true_kd.targets import TargetOptions, TargetSettings
 
@@ -54,6 +55,11 @@ class Teacher:
         if self._model is None:
             self._model = open_model(self.options, "teacher")
         return self._model
+
+    def keep_stand_in(self, cache: TargetCache) -> None:
+        """Have a cache know all of the teacher but its weights."""
+        if self.has_weights:
+            cache.keep(TEACHER, lambda path: save_stand_in(self.options, self.text.digest, path))
 
     def close(self) -> bool:
         """Free the weights; returns whether they had been opened."""
@@ -181,31 +187,22 @@ def capture_domain(
         if not teacher.is_open:
             yield events.TeacherOpening(config.teacher.model)
         model = teacher.open()
-        _keep_teacher(cache, teacher)
+        teacher.keep_stand_in(cache)
         for progress in capture(model, [*train, *valid], cache, config.capture, settings):
             yield events.Captured(job.domain, progress)
     else:
-        _keep_teacher(cache, teacher)
+        teacher.keep_stand_in(cache)
         yield events.CaptureReused(job.domain, len(asked))
-    replies = cache.read(dict.fromkeys(prompt.key for prompt in valid))
-    answered = [
-        (prompt, replies[given.key])
-        for prompt, given in zip(job.valid_prompts, valid, strict=True)
-        if prompt.answer is not None
-    ]
+    size = _keep_size(cache, teacher, [prompt.rendered.prompt for prompt in valid], config.evaluation)
     return CapturedTargets(
         cache=cache,
         train=train,
         valid=valid,
         seconds=time.perf_counter() - started,
         peak_memory=mx.get_peak_memory() if needed else 0,
-        exact_match=_score(answered, teacher.text, config.evaluation),
+        right=teacher_answers(job.valid_prompts, valid, cache, teacher.text, config.evaluation),
+        teacher_size=size,
     )
-
-
-def _keep_teacher(cache: TargetCache, teacher: Teacher) -> None:
-    if teacher.has_weights:
-        cache.keep(TEACHER, lambda path: save_stand_in(teacher.options, teacher.text.digest, path))
 
 
 def _refusal(job: Job, cache: TargetCache, missing: int, total: int) -> ModelError:
@@ -225,11 +222,43 @@ def _refusal(job: Job, cache: TargetCache, missing: int, total: int) -> ModelErr
     )
 
 
-def _score(
-    answered: Sequence[tuple[Prompt, CachedReply]], teacher: ModelTokenizer, evaluation: EvaluationOptions
-) -> float | None:
-    """Share of answers the teacher got right; None where there are none, or the data wrote some of them itself."""
-    if not answered or any(reply.finished == "given" for _, reply in answered):
+def teacher_answers(
+    prompts: Sequence[Prompt],
+    asked: Sequence[TeacherPrompt],
+    cache: TargetCache,
+    teacher: ModelTokenizer,
+    evaluation: EvaluationOptions,
+) -> np.ndarray | None:
+    """Which of the prompts with an answer the teacher's captured replies get right, bool [tasks].
+
+    None where there are none, or the data wrote some of the replies itself.
+    """
+    tasks = [(prompt, at) for at, prompt in enumerate(prompts) if prompt.answer is not None]
+    replies = cache.read(dict.fromkeys(asked[at].key for _, at in tasks)) if tasks else {}
+    if not tasks or not evaluation.exact_match or any(reply.finished == "given" for reply in replies.values()):
         return None
-    prompts, replies = zip(*answered, strict=True)
-    return score_answers(prompts, [reply.tokens for reply in replies], teacher, evaluation)
+    written = [replies[asked[at].key].tokens for _, at in tasks]
+    return right_answers([prompt for prompt, _ in tasks], written, teacher, evaluation)
+
+
+def _keep_size(
+    cache: TargetCache, teacher: Teacher, prompts: Sequence[Sequence[int]], evaluation: EvaluationOptions
+) -> ModelSize:
+    """The teacher's size, measured while its weights are open, and found in the cache afterwards."""
+    name = size_file(machine())
+    found = _find_size(cache, name)
+    wanted = evaluation.speed_tokens > 0
+    if teacher.is_open and (found.parameters is None or (wanted and found.tokens_per_second is None)):
+        found = measure_size(teacher.open(), teacher.options, "teacher", prompts, evaluation.speed_tokens)
+        cache.add_file(name, 0, 0, lambda path: write_size(path, found))
+    return found
+
+
+def _find_size(cache: TargetCache, name: str) -> ModelSize:
+    """The teacher's size as measured here, else as measured elsewhere, else nothing."""
+    for other in (name, *cache.names(SIZE)):
+        path = cache.path_of(other)
+        with contextlib.suppress(ValueError, OSError):
+            if path is not None:
+                return read_size(path)
+    return ModelSize()

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from true_kd import __version__, cache_cli
-from true_kd.config import SHORT_NAMES, Override, describe_key
-from true_kd.errors import shared_exit_code
-from true_kd.validation import parse_override
+from true_kd.cli import proving, reporting, running, talking
 
 EXIT_CODES = "Exit codes: 0 done, 1 run failed, 2 input, 3 locked, 4 environment, 5 integrity, 130 Ctrl-C."
 
@@ -52,101 +50,16 @@ def run(arguments: list[str]) -> int:
     return code
 
 
-def _flag(name: str, *spellings: str) -> Any:
-    """The option of a short name, with the help text that its key carries."""
-    return typer.Option(*spellings, help=describe_key(SHORT_NAMES[name]), show_default=False)
-
-
-Domains = Annotated[list[str] | None, typer.Option("--domain", "-d", help="A domain to distil; repeat it for several.")]
-Sets = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Set any key of the config, such as lora.rank=8."),
-]
-ConfigFile = Annotated[
-    Path | None, typer.Option("--config", help="Base config instead of configs/base.yaml.", show_default=False)
-]
-
-
-@app.command()
-def distill(
-    domain: Domains = None,
-    everything: Annotated[bool, typer.Option("--all", help="Every domain that has prompts.")] = False,
-    config: ConfigFile = None,
-    teacher: Annotated[str | None, _flag("teacher", "--teacher")] = None,
-    student: Annotated[str | None, _flag("student", "--student")] = None,
-    divergence: Annotated[str | None, _flag("divergence", "--divergence")] = None,
-    temperature: Annotated[float | None, _flag("temperature", "--temperature")] = None,
-    alpha: Annotated[float | None, _flag("alpha", "--alpha")] = None,
-    iters: Annotated[int | None, _flag("iters", "--iters")] = None,
-    patience: Annotated[int | None, _flag("patience", "--patience")] = None,
-    learning_rate: Annotated[float | None, _flag("learning_rate", "--learning-rate")] = None,
-    batch_size: Annotated[int | None, _flag("batch_size", "--batch-size")] = None,
-    max_seq_length: Annotated[int | None, _flag("max_seq_length", "--max-seq-length")] = None,
-    rank: Annotated[int | None, _flag("rank", "--rank")] = None,
-    memory_gb: Annotated[float | None, _flag("memory_gb", "--memory-gb")] = None,
-    cache_bytes: Annotated[float | None, _flag("cache_bytes", "--cache-bytes")] = None,
-    cache_gb: Annotated[float | None, _flag("cache_gb", "--cache-gb")] = None,
-    prompts: Annotated[str | None, _flag("prompts", "--prompts")] = None,
-    out: Annotated[str | None, _flag("out", "--out")] = None,
-    vocab_strategy: Annotated[str | None, _flag("vocab_strategy", "--vocab-strategy")] = None,
-    seed: Annotated[int | None, _flag("seed", "--seed")] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help=describe_key(("fresh",)))] = False,
-    sets: Sets = None,
-) -> int:
-    """Capture the teacher once and train one LoRA adapter per domain."""
-    flags = {
-        "teacher": teacher,
-        "student": student,
-        "divergence": divergence,
-        "temperature": temperature,
-        "alpha": alpha,
-        "iters": iters,
-        "patience": patience,
-        "learning_rate": learning_rate,
-        "batch_size": batch_size,
-        "max_seq_length": max_seq_length,
-        "rank": rank,
-        "memory_gb": memory_gb,
-        "cache_bytes": cache_bytes,
-        "cache_gb": cache_gb,
-        "prompts": prompts,
-        "out": out,
-        "vocab_strategy": vocab_strategy,
-        "seed": seed,
-        "fresh": fresh or None,
-    }
-    return _distill(config, domain or [], everything, _overrides(flags, sets))
-
-
-@app.command("capture")
-def capture_command(
-    domain: Domains = None,
-    everything: Annotated[bool, typer.Option("--all", help="Every domain that has prompts.")] = False,
-    config: ConfigFile = None,
-    teacher: Annotated[str | None, _flag("teacher", "--teacher")] = None,
-    cache_bytes: Annotated[float | None, _flag("cache_bytes", "--cache-bytes")] = None,
-    cache_gb: Annotated[float | None, _flag("cache_gb", "--cache-gb")] = None,
-    prompts: Annotated[str | None, _flag("prompts", "--prompts")] = None,
-    sets: Sets = None,
-) -> int:
-    """Let the teacher answer and fill the cache, without training: `distill` then finds all it needs there."""
-    from true_kd import pipeline
-
-    flags = {"teacher": teacher, "cache_bytes": cache_bytes, "cache_gb": cache_gb, "prompts": prompts}
-    return _run(pipeline.capture, config, domain or [], everything, _overrides(flags, sets))
-
-
-@app.command()
-def demo(
-    out: Annotated[str | None, _flag("out", "--out")] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help=describe_key(("fresh",)))] = False,
-    sets: Sets = None,
-) -> int:
-    """Distil all six domains with the embedded pocket models; needs no network and a few minutes on a laptop."""
-    from true_kd.pocket import BASE
-
-    typer.echo(f"true-kd demo is: true-kd distill --all --config {BASE}")
-    return _distill(Path(BASE), [], True, _overrides({"out": out, "fresh": fresh or None}, sets))
+app.command()(running.distill)
+app.command("capture")(running.capture_command)
+app.command()(running.demo)
+app.command()(proving.evaluate)
+app.command()(proving.analyze)
+app.command()(proving.sweep)
+app.command()(reporting.report)
+app.command()(talking.compare)
+app.command()(talking.chat)
+app.command()(talking.generate)
 
 
 @app.command()
@@ -183,36 +96,3 @@ def _main(
         raise typer.Exit
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
-
-
-def _overrides(flags: dict[str, Any], sets: list[str] | None) -> list[Override]:
-    given = [
-        Override(f"--{name.replace('_', '-')}", SHORT_NAMES[name], value)
-        for name, value in flags.items()
-        if value is not None
-    ]
-    return given + [Override("--set", *parse_override(text)) for text in sets or ()]
-
-
-def _distill(config: Path | None, named: list[str], everything: bool, overrides: list[Override]) -> int:
-    from true_kd import pipeline
-
-    return _run(pipeline.distill, config, named, everything, overrides)
-
-
-def _run(phase: Any, config: Path | None, named: list[str], everything: bool, overrides: list[Override]) -> int:
-    """Plan the domains, run a generator of events on them, and show what it yields."""
-    from true_kd import events, jobs
-    from true_kd.console import make_view
-
-    domains = jobs.choose_domains(config, named, everything, overrides)
-    planned, failures = jobs.plan(config, domains, overrides)
-    if not planned:
-        jobs.refuse(failures)
-    view = make_view()
-    with view:
-        for event in phase(planned, failures):
-            view.show(event)
-            if isinstance(event, (events.RunFinished, events.CaptureFinished)):
-                return shared_exit_code(event.failures.values())
-    return 1

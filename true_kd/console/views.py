@@ -1,7 +1,4 @@
-"""Shows a run's events: live bars on a terminal, one line per report anywhere else.
-
-No escape code leaves this module when stdout is no terminal; with NO_COLOR set, nothing is coloured.
-"""
+"""A run on the screen, event by event."""
 
 from __future__ import annotations
 
@@ -10,19 +7,20 @@ import sys
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Self
+from typing import Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Column, Table
-from rich.text import Text
+from rich.table import Column
 
 from true_kd import events
 from true_kd.budget import BudgetChoice
 from true_kd.capture import CaptureProgress
+from true_kd.console.tables import results_table
 from true_kd.errors import TrueKDError
 from true_kd.evaluation import EvalMetrics
 from true_kd.fidelity import Fidelity
+from true_kd.gate import Headroom
 from true_kd.reporting import KDResult, peak_memory
 from true_kd.suggest import printable
 from true_kd.training import StepMetrics
@@ -55,6 +53,17 @@ class LineView:
                 self.captured(domain, progress)
             case events.CaptureReused(domain, replies):
                 self.say(f"{domain}: {replies} replies of the teacher are in the cache")
+            case events.Probed(domain, headroom):
+                self.say(f"{domain}: {_probed(headroom)}")
+            case events.ParentCompared(domain, parent, replies, _):
+                self.say(f"{domain}: compared with {parent} on {replies} replies")
+            case events.PointStarted(point, number, total):
+                self.say(f"point {number} of {total}: {point}")
+            case events.Evaluated(domain, _, kept):
+                note = "" if kept else "; not kept: the adapter is of other prompts or settings, or of a run cut short"
+                self.say(f"{domain}: measured{note}")
+            case events.Proving(domain, prompts):
+                self.say(f"{domain}: comparing student, adapter and teacher on {prompts} held-out prompts")
             case events.TeacherFreed(memory):
                 self.say(f"teacher freed, {memory / 2**20:.0f} MB still held")
             case events.TrainingStarted(domain, iters, data, made):
@@ -113,9 +122,10 @@ class LineView:
                 self.finished(result)
             case events.DomainFailed(domain, error, trace):
                 self.failed(domain, error, trace)
-            case events.RunFinished(results, failures, summary, seconds):
+            case events.RunFinished(results, failures, summary, seconds, report):
                 self.summed_up(results, seconds)
-                self.say(f"{len(results)} done, {len(failures)} failed. Summary: {summary}")
+                page = f" Report: {report}" if report else ""
+                self.say(f"{len(results)} done, {len(failures)} failed. Summary: {summary}{page}")
 
     def say(self, line: str) -> None:
         """Print a line as it is."""
@@ -135,7 +145,10 @@ class LineView:
         """Report a domain's end."""
         what = "unchanged since" if result.unchanged else "finished"
         self.say(f"{result.domain}: {what} {result.finished_at}: {result.adapter_path}")
-        if result.after.loss >= result.before.loss:
+        if result.proof is not None:
+            self.say(result.proof.verdict.sentence)
+        learns = result.proof is None or result.proof.verdict.outcome != "nothing to learn"
+        if learns and result.after.loss >= result.before.loss:
             self.say(
                 f"{result.domain}: the adapter brought the student no nearer to the teacher (validation loss "
                 f"{result.before.loss:.4f} before, {result.after.loss:.4f} after). Try a lower learning rate, or more "
@@ -153,8 +166,8 @@ class LineView:
             self.console.print(results_table(results, "->" if self.console.options.ascii_only else "→"))
             done = [result for result in results if not result.unchanged]
             phases = peak_memory(done)
-            named = {"capture": "with the teacher", "training": "with the student"}
-            peaks = [f"{phases[name] / 2**30:.2f} GB {who}" for name, who in named.items() if phases[name]]
+            named = {"with the teacher": phases.capture, "with the student": phases.training}
+            peaks = [f"{_size(peak)} {who}" for who, peak in named.items() if peak]
             self.say(f"{seconds:.0f} s" + (f", peak memory {' and, apart from it, '.join(peaks)}" if peaks else ""))
 
     def _is_due(self, stage: str, done: int, total: int) -> bool:
@@ -225,38 +238,26 @@ class LiveView(LineView):
             self._shown_at = time.monotonic()
 
 
-def make_view() -> LineView:
-    """The view that fits stdout."""
-    terminal = sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
-    if not terminal:
+def make_view(stream: TextIO | None = None) -> LineView:
+    """The view that fits a stream; None stands for stdout."""
+    console = make_console(stream)
+    return LiveView(console) if console.is_terminal else LineView(console)
+
+
+def make_console(stream: TextIO | None = None) -> Console:
+    """A console that fits a stream: no escape code leaves it where that is no terminal."""
+    stream = stream or sys.stdout
+    if not stream.isatty() or os.environ.get("TERM") in ("dumb", "unknown"):
         # Wide enough that no row of a table is ever folded in a file or a pipe.
-        return LineView(Console(color_system=None, force_terminal=False, width=1000))
+        return Console(file=stream, color_system=None, force_terminal=False, width=1000)
     plain = bool(os.environ.get("NO_COLOR"))
-    return LiveView(Console(color_system=None if plain else "auto", no_color=plain, highlight=False))
+    return Console(file=stream, color_system=None if plain else "auto", no_color=plain, highlight=False)
 
 
-def results_table(results: Sequence[KDResult], arrow: str = "→") -> Table:
-    """How much nearer each domain's student came to the teacher."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("domain")
-    table.add_column("KL to teacher", justify="right")
-    table.add_column("top-1 agreement", justify="right")
-    checked = any(result.exact_match for result in results)
-    if checked:
-        table.add_column("exact match (teacher)", justify="right")
-    table.add_column("adapter", overflow="fold")
-    for result in results:
-        row = [
-            result.domain,
-            f"{result.before.kl:.3f} {arrow} {result.after.kl:.3f}",
-            f"{result.before.top1_agreement:.0%} {arrow} {result.after.top1_agreement:.0%}",
-        ]
-        if checked:
-            match = result.exact_match
-            teacher = "-" if match is None or match.teacher is None else f"{match.teacher:.0%}"
-            row.append(f"{match.student:.0%} {arrow} {match.adapted:.0%} ({teacher})" if match else "-")
-        table.add_row(*(Text(printable(cell)) for cell in (*row, result.adapter_path)))
-    return table
+def _probed(headroom: Headroom) -> str:
+    warning = "" if headroom.standing in ("better", "unknown") else "; distilling it may bring nothing"
+    gap = f"KL {headroom.kl.value:.3f}, top-1 agreement {headroom.top1_agreement.value:.0%}"
+    return f"{headroom.why}{warning} ({gap}, {headroom.prompts} prompt{'' if headroom.prompts == 1 else 's'})"
 
 
 def _budget(choice: BudgetChoice) -> str:

@@ -36,7 +36,9 @@ from true_kd.models.opening import (
     save_stand_in,
 )
 from true_kd.models.recomputation import recompute_layers
+from true_kd.models.speed import decoding_speed
 from true_kd.models.stand_in import STAND_IN, StandIn, read_stand_in
+from true_kd.models.text import token_pieces
 
 __all__ = [
     "STAND_IN",
@@ -53,6 +55,7 @@ __all__ = [
     "add_lora",
     "attach_adapter",
     "check_keys",
+    "decoding_speed",
     "describe",
     "generate_replies",
     "load_head",
@@ -69,6 +72,7 @@ __all__ = [
     "save_stand_in",
     "seed_of",
     "split_head",
+    "token_pieces",
     "trainable",
     "uniforms_of",
 ]

@@ -66,7 +66,7 @@ def generate_replies(
         completion_batch_size=width,
         prefill_batch_size=min(width, 8),  # mlx-lm's own default
     )
-    samplers = [_keyed_sampler(options, seed) for seed in seeds] if options.sampling_temperature > 0 else None
+    samplers = [keyed_sampler(options, seed) for seed in seeds] if options.sampling_temperature > 0 else None
     handles = generator.insert(
         [list(prompt) for prompt in prompts], [options.max_tokens] * len(prompts), samplers=samplers
     )
@@ -88,7 +88,8 @@ def generate_replies(
         generator.close()
 
 
-def _keyed_sampler(options: SamplingOptions, seed: int) -> Callable[[mx.array], mx.array]:
+def keyed_sampler(options: SamplingOptions, seed: int) -> Callable[[mx.array], mx.array]:
+    """Draws a token from log-probabilities [rows, vocab], from a random stream that depends on `seed` alone."""
     state = {"key": mx.random.key(seed)}
 
     def sample(logprobs: mx.array) -> mx.array:

@@ -15,11 +15,12 @@ import numpy as np
 from filelock import FileLock, Timeout
 from safetensors import safe_open
 
-from true_kd.cache import DEMAND, HEAD, LOCK, MANIFEST, TEACHER, StoredFile
+from true_kd.cache import DEMAND, HEAD, LOCK, MANIFEST, SIZE, TEACHER, StoredFile
 from true_kd.errors import EnvironmentProblem, TrueKDError
 from true_kd.files import TEMPORARY, CannotWrite, write_atomic
 from true_kd.models import read_stand_in
 from true_kd.shards import CachedReply, read_keys, unpack_replies
+from true_kd.sizes import read_size
 from true_kd.stores.reading import Store, brief, open_plain, read_plain, read_store, settings_of
 from true_kd.targets import SparseTargets, TeacherHead
 
@@ -83,6 +84,8 @@ def check_file(folder: Path, file: StoredFile, identity: Mapping[str, Any], deep
             _check_teacher(path, identity)
         elif deep and DEMAND.fullmatch(file.name):
             _check_demand(path)
+        elif deep and SIZE.fullmatch(file.name):
+            read_size(path)
         elif deep:
             _check_shard(path, content, file, settings_of(identity))
     except FileNotFoundError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -59,11 +59,23 @@ class HiddenTargets:
     def entropies(self) -> np.ndarray:
         """float64 [N], the teacher's entropy at temperature 1 over the ids of `head`, nats."""
         found = [np.zeros(0)]
-        for start in range(0, len(self), _ROWS):
-            logprobs = self.head.logprobs(mx.array(self.states[start : start + _ROWS]), 1.0)
+        for _, logprobs in self._chunks():
             terms = mx.where(logprobs > -mx.inf, mx.exp(logprobs) * logprobs, 0.0)
             found.append(np.array(-mx.sum(terms, axis=-1), dtype=np.float64))
         return np.concatenate(found)
+
+    def label_logprobs(self, labels: np.ndarray) -> np.ndarray:
+        """float64 [N], the teacher's log-probability of each of `labels`, ids of `head`, at temperature 1, nats."""
+        found = [np.zeros(0)]
+        for rows, logprobs in self._chunks():
+            own = mx.take_along_axis(logprobs, mx.array(labels[rows])[:, None], axis=-1)
+            found.append(np.array(own[:, 0], dtype=np.float64))
+        return np.concatenate(found)
+
+    def _chunks(self) -> Iterator[tuple[slice, mx.array]]:
+        for start in range(0, len(self), _ROWS):
+            rows = slice(start, min(start + _ROWS, len(self)))
+            yield rows, self.head.logprobs(mx.array(self.states[rows]), 1.0)
 
     def take(self, tokens: np.ndarray) -> HiddenTargets:
         """The targets of the given tokens, in that order."""

@@ -60,6 +60,10 @@ class SparseTargets:
         """int32 [N], the realised tokens."""
         return self.ids[self.offsets[:-1]]
 
+    def label_logprobs(self, labels: np.ndarray) -> np.ndarray:
+        """float64 [N], the teacher's log-probability of the realised tokens, which are `labels`, at T = 1, nats."""
+        return self.logprobs[self.offsets[:-1]]
+
     @property
     def logprobs(self) -> np.ndarray:
         """float64 [E], the teacher's log-probabilities over the whole vocabulary at temperature 1, nats."""

@@ -1,0 +1,93 @@
+"""Writes what follows from the records of kd_summary.json: its JSON schema, and the page that explains every field.
+
+python scripts/write_schema.py            # tests/test_summary.py compares them with the records
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import true_kd
+from true_kd.reporting import schema
+
+PACKAGE = Path(true_kd.__file__).parent
+SCHEMA = PACKAGE / "schemas" / "kd_summary.schema.json"
+PAGE = PACKAGE / "docs" / "kd_summary.md"
+
+_OPENING = """# kd_summary.json, field by field
+
+`kd_summary.json` lies in the output folder of a run, beside the folders of its domains, and is written anew at the end
+of each run. [kd_summary.schema.json](../schemas/kd_summary.schema.json) is its JSON schema. Fields are added in any
+version; one that changes its meaning or goes raises `format`. A number that could not be measured is null. What the
+measures mean is told in [proof.md](proof.md). This page is made from the records in the code by
+`scripts/write_schema.py`.
+"""
+
+
+def page(found: Mapping[str, Any]) -> str:
+    """The page: a table for the file, and one for each record in it, in the order in which they are met."""
+    parts = [_OPENING, _table("The file", found)]
+    todo, done = _names(found), set()
+    while todo:
+        name = todo.pop(0)
+        if name not in done:
+            done.add(name)
+            part = found["$defs"][name]
+            parts.append(_table(name, part))
+            todo += _names(part)
+    return "\n".join(parts)
+
+
+def _table(title: str, part: Mapping[str, Any]) -> str:
+    meaning = " ".join(part.get("description", "").split())
+    lines = [f"## {title}", "", meaning, "", "| field | type | |", "|---|---|---|"]
+    for name, field in part["properties"].items():
+        meaning = " ".join(field.get("description", "").split()).replace("|", "\\|")
+        lines.append(f"| `{name}` | {_kind(field)} | {meaning} |")
+    return "\n".join([*lines, ""])
+
+
+def _kind(field: Mapping[str, Any]) -> str:
+    """The type of a field in words."""
+    if "$ref" in field:
+        name = field["$ref"].rpartition("/")[2]
+        return f"[{name}](#{name.lower()})"
+    if "anyOf" in field:
+        return " or ".join(_kind(each) for each in field["anyOf"])
+    if "enum" in field:
+        return ", ".join(f"`{value}`" for value in field["enum"])
+    if field["type"] == "array":
+        return f"list of {_kind(field['items'])}"
+    if field["type"] == "object" and "additionalProperties" in field:
+        return f"object, by name: {_kind(field['additionalProperties'])}"
+    return {"string": "text", "integer": "whole number"}.get(field["type"], field["type"])
+
+
+def _names(part: Mapping[str, Any]) -> list[str]:
+    """The records that a record refers to."""
+    found = []
+    for key, value in part.items():
+        if key == "$ref":
+            found.append(value.rpartition("/")[2])
+        elif key == "$defs":
+            continue
+        elif isinstance(value, Mapping):
+            found += _names(value)
+        elif isinstance(value, list):
+            found += [name for each in value if isinstance(each, Mapping) for name in _names(each)]
+    return found
+
+
+def texts() -> dict[Path, str]:
+    """The files and what is to be in them."""
+    found = schema()
+    return {SCHEMA: json.dumps(found, indent=2, ensure_ascii=False) + "\n", PAGE: page(found)}
+
+
+if __name__ == "__main__":
+    for path, text in texts().items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")

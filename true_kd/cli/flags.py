@@ -1,0 +1,43 @@
+"""Flags that several commands share: each is the short name of one key of the config, whose help text it carries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from true_kd.config import SHORT_NAMES, Override, describe_key
+from true_kd.validation import parse_override
+
+
+def flag(name: str, *spellings: str) -> Any:
+    """The option of a short name, with the help text that its key carries."""
+    return typer.Option(*spellings, help=describe_key(SHORT_NAMES[name]), show_default=False)
+
+
+Domains = Annotated[list[str] | None, typer.Option("--domain", "-d", help="A domain; repeat it for several.")]
+Everything = Annotated[bool, typer.Option("--all", help="Every domain that has prompts.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Set any key of the config, such as lora.rank=8."),
+]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="Base config instead of configs/base.yaml.", show_default=False)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Teacher = Annotated[str | None, flag("teacher", "--teacher")]
+Student = Annotated[str | None, flag("student", "--student")]
+Prompts = Annotated[str | None, flag("prompts", "--prompts")]
+Out = Annotated[str | None, flag("out", "--out")]
+Fresh = Annotated[bool, typer.Option("--fresh", help=describe_key(("fresh",)))]
+
+
+def overrides(flags: dict[str, Any], sets: list[str] | None) -> list[Override]:
+    """What the flags, by short name, and `--set` change; flags that are None were not given."""
+    given = [
+        Override(f"--{name.replace('_', '-')}", SHORT_NAMES[name], value)
+        for name, value in flags.items()
+        if value is not None
+    ]
+    return given + [Override("--set", *parse_override(text)) for text in sets or ()]

@@ -1,0 +1,251 @@
+"""`evaluate`, `analyze` and `sweep`: what an adapter is worth, what there is to gain, and which settings are best."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from true_kd.adapters import RUN
+from true_kd.cli.flags import (
+    AsJson,
+    ConfigFile,
+    Domains,
+    Everything,
+    Fresh,
+    Out,
+    Prompts,
+    Sets,
+    Student,
+    Teacher,
+    flag,
+    overrides,
+)
+from true_kd.config import SHORT_NAMES, Override
+from true_kd.errors import InputError, shared_exit_code
+from true_kd.validation import parse_override
+
+if TYPE_CHECKING:
+    from true_kd import events
+    from true_kd.gate import ParentComparison
+
+
+def evaluate(
+    domain: Domains = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every domain that has an adapter.")] = False,
+    config: ConfigFile = None,
+    out: Out = None,
+    prompts: Prompts = None,
+    control: Annotated[str | None, flag("control", "--control")] = None,
+    as_json: AsJson = False,
+    sets: Sets = None,
+) -> int:
+    """Measure adapters anew: student, student with adapter and teacher on the held-out prompts.
+
+    Each adapter is measured under the settings of its own run, which run.json beside it holds.
+    """
+    from true_kd import events, finding, jobs, pipeline
+    from true_kd.console import proof_table
+
+    folder = finding.output_folder(out, config)
+    there = finding.domains_in(folder)
+    named = there if everything else list(dict.fromkeys(domain or []))
+    if not named or (everything and domain):
+        listed = ", ".join(there) or "none"
+        raise InputError(f"{folder}: expected one of --domain NAME and --all. Adapters here: {listed}.")
+    given = overrides({"prompts": prompts, "control": control}, sets)
+    planned, failures = [], {}
+    for name in named:
+        # The folder may have moved since its run.
+        here = [*given, Override("--out", ("out",), str(folder))]
+        found = finding.find_domain(name, str(folder), None, here)
+        ready, refused = jobs.plan(found.folder / RUN, [name], here)
+        planned, failures = planned + ready, failures | refused
+    if not planned:
+        jobs.refuse(failures)
+    end = _watch(pipeline.evaluate(planned, failures), events.EvaluationFinished, as_json)
+    if as_json:
+        _say_json({"domains": {name: asdict(proof) for name, proof in end.proofs.items()}, **_failed(end.failures)})
+    else:
+        for name, proof in end.proofs.items():
+            _print(proof_table(name, proof))
+            typer.echo(proof.verdict.sentence)
+    return shared_exit_code(end.failures.values())
+
+
+def analyze(
+    domain: Domains = None,
+    everything: Everything = False,
+    config: ConfigFile = None,
+    teacher: Teacher = None,
+    student: Student = None,
+    prompts: Prompts = None,
+    sample: Annotated[int, typer.Option("--sample", min=1, help="Held-out prompts of each domain to look at.")] = 32,
+    parent: Annotated[
+        str | None,
+        typer.Option(
+            "--parent", metavar="MODEL", help="The model a quantised teacher was made from: says what that cost."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    sets: Sets = None,
+) -> int:
+    """Say what each domain has to gain, before hours of capture: the most promising first."""
+    from true_kd import events, jobs, pipeline
+    from true_kd.console import headroom_table
+
+    given = overrides({"teacher": teacher, "student": student, "prompts": prompts}, sets)
+    given.append(Override("--sample", ("gate", "prompts"), sample))
+    domains = jobs.choose_domains(config, domain or [], everything, given)
+    planned, failures = jobs.plan(config, domains, given)
+    if not planned:
+        jobs.refuse(failures)
+    end = _watch(pipeline.analyze(planned, failures, parent), events.AnalysisFinished, as_json)
+    if as_json:
+        _say_json(
+            {
+                "domains": {name: asdict(headroom) for name, headroom in end.headrooms.items()},
+                "parents": {name: asdict(comparison) for name, comparison in end.parents.items()},
+                **_failed(end.failures),
+            }
+        )
+        return shared_exit_code(end.failures.values())
+    if end.headrooms:
+        _print(headroom_table(end.headrooms))
+        _say_headrooms(end)
+    _say_parents(end.parents)
+    return shared_exit_code(end.failures.values())
+
+
+def sweep(
+    domain: Domains = None,
+    everything: Everything = False,
+    config: ConfigFile = None,
+    temperature: Annotated[str | None, typer.Option("--temperature", metavar="A,B", help="Values to try.")] = None,
+    alpha: Annotated[str | None, typer.Option("--alpha", metavar="A,B", help="Values to try.")] = None,
+    divergence: Annotated[str | None, typer.Option("--divergence", metavar="A,B", help="Values to try.")] = None,
+    learning_rate: Annotated[str | None, typer.Option("--learning-rate", metavar="A,B", help="Values to try.")] = None,
+    iters: Annotated[str | None, typer.Option("--iters", metavar="A,B", help="Values to try.")] = None,
+    rank: Annotated[str | None, typer.Option("--rank", metavar="A,B", help="Values to try.")] = None,
+    seed: Annotated[
+        str | None, typer.Option("--seed", metavar="A,B", help="Repetitions: settings are compared by their mean.")
+    ] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option("--grid", metavar="KEY.PATH=A,B", help="Values to try for any key of losses, training or lora."),
+    ] = None,
+    control: Annotated[
+        str | None, typer.Option("--control", help="sft: try plain fine-tuning on the same text as well.")
+    ] = None,
+    teacher: Teacher = None,
+    student: Student = None,
+    prompts: Prompts = None,
+    out: Out = None,
+    fresh: Fresh = False,
+    as_json: AsJson = False,
+    sets: Sets = None,
+) -> int:
+    """Distil under all combinations of some settings from one cache, and say which is best.
+
+    A value alone sets what it says for all points: `--iters 100`.
+    """
+    from true_kd import events, jobs
+    from true_kd import sweep as sweeping
+    from true_kd.console import sweep_table
+
+    swept = {
+        "temperature": temperature,
+        "alpha": alpha,
+        "divergence": divergence,
+        "learning_rate": learning_rate,
+        "iters": iters,
+        "rank": rank,
+        "seed": seed,
+    }
+    axes, fixed = [], {}
+    for name, text in swept.items():
+        if text is None:
+            continue
+        axis = _axis(f"--{name.replace('_', '-')}", SHORT_NAMES[name], text)
+        if len(axis.values) > 1:
+            axes.append(axis)
+        else:
+            fixed[name] = axis.values[0]
+    axes += [_axis("--grid", *parse_override(text)) for text in grid or ()]
+    if control not in (None, "none", "sft"):
+        raise InputError(f"--control {control!r}: expected sft or none. Choose one.")
+    given = {"teacher": teacher, "student": student, "prompts": prompts, "out": out, "fresh": fresh or None, **fixed}
+    shared = overrides(given, sets)
+    points = sweeping.grid(axes, with_control=control == "sft")
+    domains = jobs.choose_domains(config, domain or [], everything, shared)
+    end = _watch(sweeping.sweep(config, domains, shared, points), events.SweepFinished, as_json)
+    if as_json:
+        _say_json({"domains": {each.domain: asdict(each) for each in end.recommendations}, **_failed(end.failures)})
+    else:
+        for each in end.recommendations:
+            _print(sweep_table(each))
+            typer.echo(each.sentence)
+        typer.echo(f"Table: {end.table}. Each point's adapters lie beside it.")
+    return shared_exit_code(end.failures.values())
+
+
+def _axis(flag_name: str, path: Any, value: Any) -> Any:
+    """An axis from what was written: "1,2,4", or for `--grid` what the value of `--set` would be."""
+    from true_kd.sweep import Axis
+
+    if not isinstance(value, str):
+        return Axis(flag_name, path, tuple(value) if isinstance(value, list) else (value,))
+    parts = [part.strip() for part in value.split(",")]
+    values = [parse_override(f"x={part}")[1] for part in parts if part]
+    if not all(parts):
+        raise InputError(f"{flag_name} {value!r}: an empty value, expected values with commas between. Write 1,2.")
+    return Axis(flag_name, path, tuple(values))
+
+
+def _watch(running: Iterable[events.Event], last: type, as_json: bool) -> Any:
+    """Show a run's events, on stderr where stdout is for programs; returns the last."""
+    from true_kd.console import make_view
+
+    with make_view(sys.stderr if as_json else sys.stdout) as view:
+        for event in running:
+            if isinstance(event, last):
+                return event
+            view.show(event)
+    raise AssertionError(f"a run ended without {last.__name__}")
+
+
+def _say_headrooms(end: events.AnalysisFinished) -> None:
+    for name, headroom in end.headrooms.items():
+        typer.echo(f"{name}: {headroom.why}.")
+        if headroom.missed:
+            shown = ", ".join(f"{missed.text!r} {missed.share:.0%}" for missed in headroom.missed)
+            typer.echo(f"  most of the KL is at: {shown}")
+        if headroom.first_miss is not None:
+            typer.echo(f"  they first differ after {headroom.first_miss:.0%} of a reply (median)")
+
+
+def _say_parents(parents: Mapping[str, ParentComparison]) -> None:
+    for name, found in parents.items():
+        span = "" if found.kl.low is None else f" ({found.kl.low:.3f} to {found.kl.high:.3f})"
+        typer.echo(
+            f"{name}: the teacher is {found.kl.value:.3f} nats per token{span} from its parent, top-1 agreement "
+            f"{found.top1_agreement.value:.1%}, on {found.replies} of its own replies"
+        )
+
+
+def _failed(failures: Mapping[str, Exception]) -> dict[str, Any]:
+    return {"failed": {name: str(error) for name, error in failures.items()}}
+
+
+def _say_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _print(table: Any) -> None:
+    from true_kd.console import make_console
+
+    make_console(sys.stdout).print(table)

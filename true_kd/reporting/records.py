@@ -1,0 +1,76 @@
+"""What distilling one domain gave, as Python sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import field
+
+from true_kd.evaluation import EvalMetrics
+from true_kd.fidelity import Fidelity
+from true_kd.options import record
+from true_kd.proof import Proof
+from true_kd.training import StepMetrics
+
+
+@record
+class Validation:
+    """The student on the validation prompts after an iteration (0: before training)."""
+
+    iteration: int
+    metrics: EvalMetrics
+
+
+@record
+class DataCounts:
+    """What a domain was trained and validated on."""
+
+    train_examples: int
+    """Prompts with their replies."""
+    valid_examples: int
+    """Those held out."""
+    train_response_tokens: int
+    """Tokens that count in the loss, once through the data."""
+    train_tokens: int
+    """Prompt and response tokens, once through the data."""
+    truncated: int
+    """Training examples whose response was cut at training.max_seq_length."""
+    dropped: int
+    """Examples left out: prompt too long, or a reply that the student's vocabulary cannot write."""
+    cut_replies: int
+    """Replies that reached capture.max_tokens without ending."""
+    differing_ids: int
+    """Ids that stand for different tokens in teacher and student; 0 under vocab_strategy match."""
+    cache_bytes: int
+    """Size of the cache files that hold the domain's targets."""
+    cache_tokens: int = 0
+    """Response tokens in those files, of other domains as well where they share one."""
+
+
+@record
+class KDResult:
+    """What distilling one domain gave. Losses in nats per response token, memory in bytes, time in seconds."""
+
+    domain: str
+    teacher: str
+    student: str
+    adapter_path: str
+    data: DataCounts
+    before: EvalMetrics
+    after: EvalMetrics
+    """With the weights of `best_iteration`, which are those that were kept."""
+    best_iteration: int
+    steps: tuple[StepMetrics, ...]
+    validations: tuple[Validation, ...]
+    seconds: Mapping[str, float]
+    """Per phase: capture, training, evaluation. Capture counts what this run captured, not what the cache held."""
+    capture_peak_memory: int
+    training_peak_memory: int
+    trainable_parameters: int
+    finished_at: str
+    fidelity: Fidelity | None = None
+    """What the cached targets kept of the teacher; None for a control, which takes nothing from them."""
+    proof: Proof | None = None
+    """Whether it helped; None for a control, which is measured in the proof of its domain."""
+    unchanged: bool = False
+    """True when the result is that of an earlier run that this one had no need to repeat."""
+    versions: Mapping[str, str] = field(default_factory=dict)
