@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,6 +118,17 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: P
 def student_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
     """A random student of the teacher's vocabulary."""
     return save_random_model(tmp_path_factory.mktemp("student"), tokenizer_folder, seed=2)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fast_collection() -> Iterator[None]:
+    """What tests import is set aside: a run collects garbage four times, and would look through it each time."""
+    import true_kd.models.opening
+
+    true_kd.models.opening._mlx_lm_utils()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @dataclass(frozen=True)

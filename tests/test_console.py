@@ -418,7 +418,7 @@ def test_the_table_says_how_much_nearer_each_domain_came() -> None:
     after = f"{PROOF.adapted.kl.value:.3f}"
     assert lines[1].split() == ["cats", "0.500", "→", after, *span.split(), "0%", "→", "100%", "adapters_kd/cats"]
     assert lines[2].split()[0] == "dogs"
-    assert lines[3] == "12 s, peak memory 3.00 GB with the teacher and, apart from it, 1.00 GB with the student"
+    assert lines[3] == "12 s, peak memory 3.2 GB with the teacher and, apart from it, 1.1 GB with the student"
     assert lines[4] == f"2 done, 0 failed. Summary: {SUMMARY}"
 
 
