@@ -48,7 +48,7 @@ def test_students_trained_from_the_default_preset_come_as_near_as_from_full_logi
 
 @pytest.mark.slow
 def test_the_presets_keep_the_gradient_within_their_bytes(tmp_path: Path) -> None:
-    found = rows("bench_cache.py", tmp_path, "--domains", "memory", "task", "--tokens", "300")
+    found = rows("bench_cache.py", tmp_path, "--domains", "action", "memory", "thinking", "--tokens", "400")
     goals = {
         "**tiny**": (16, 0.99, None, None),
         "**default**": (64, 0.998, 0.995, None),

@@ -1088,3 +1088,28 @@ def test_demo_says_which_command_it_is(cli, empty: Path) -> None:
     ended = cli("demo", "--set", "losses.alpha=7")
     assert ended.out == "true-kd demo is: true-kd distill --all --config pocket:configs/base.yaml\n"
     assert only_line(ended.err).startswith("--set losses.alpha: 7,")
+
+
+# The overview
+
+
+@pytest.mark.parametrize("name", command_line.COMMANDS)
+def test_the_overview_says_of_a_command_what_its_own_help_says(name: str, cli) -> None:
+    summary = command_line.COMMANDS[name][2].rstrip(".")
+    shown = " ".join(cli(name, "--help").out.split())
+    assert shown.startswith(f"Usage: true-kd {name}")
+    opening = summary.partition(":")[0].partition(",")[0].partition(";")[0]
+    assert opening in shown, "the first words of the docstring"
+    assert name in [line.split()[0] for line in cli("--help").out.splitlines() if line.strip()]
+
+
+def test_the_overview_imports_no_command() -> None:
+    code = (
+        "import sys; sys.argv = ['true-kd', '--help']\n"
+        "from true_kd.__main__ import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print([name for name in sys.modules if name.startswith('true_kd.cli.')], 'pydantic' in sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.splitlines()[-1] == "[] False"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from true_kd.cli import running as command_line
+from true_kd.cli import running
 from true_kd.config import SHORT_NAMES, KDConfig, NoConfigs, Override, RunConfig, describe_key, load_config
 from true_kd.errors import ConfigError
 from true_kd.losses import LossOptions
@@ -382,7 +382,7 @@ def value_at(config: RunConfig, path: KeyPath) -> Any:
 
 
 def test_every_flag_is_the_short_name_of_a_key_that_exists() -> None:
-    flags = set(inspect.signature(command_line.distill).parameters) - {"domain", "everything", "config", "sets"}
+    flags = set(inspect.signature(running.distill).parameters) - {"domain", "everything", "config", "sets"}
     assert flags == set(SHORT_NAMES)
     assert all(at(RunConfig(), path) is not ... for path in SHORT_NAMES.values())
 

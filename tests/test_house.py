@@ -24,7 +24,7 @@ FLOORS = (
     ("__main__",),
     ("cli", "distiller"),
     ("sweep",),
-    ("pipeline", "console", "doctor", "cache_cli"),
+    ("pipeline", "console", "doctor"),
     ("student", "probing"),
     ("arms", "teacher", "report"),
     ("datasets", "comparing"),
@@ -184,7 +184,7 @@ def test_mlx_lm_is_imported_when_it_is_needed_and_not_before() -> None:
 
 def test_only_the_face_knows_typer_and_rich() -> None:
     for name, path in MODULES.items():
-        if room(name) not in ("cli", "cache_cli", "console"):
+        if room(name) not in ("cli", "console"):
             assert not {room(found) for found in imports(path)} & {"typer", "rich"}, name
 
 

@@ -1,27 +1,37 @@
-"""The command line: flags to overrides, events to the terminal, failures to exit codes."""
+"""The command line: flags to overrides, events to the terminal, failures to exit codes.
+
+A command's module is imported when that command is called, so that `--help` and mistakes are answered at once.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+import importlib
+import os
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import typer
 
-from true_kd import __version__, cache_cli
-from true_kd.cli import proving, reporting, running, talking
+from true_kd import __version__
 
 EXIT_CODES = "Exit codes: 0 done, 1 run failed, 2 input, 3 locked, 4 environment, 5 integrity, 130 Ctrl-C."
 
-app = typer.Typer(
-    name="true-kd",
-    help="Distil a large language model into small LoRA adapters on the machine in front of you.",
-    epilog=EXIT_CODES,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-app.add_typer(cache_cli.app, name="cache")
+COMMANDS: Mapping[str, tuple[str, str, str]] = {
+    "distill": ("running", "distill", "Capture the teacher once and train one LoRA adapter per domain."),
+    "capture": ("running", "capture_command", "Let the teacher answer and fill the cache, without training."),
+    "demo": ("running", "demo", "Distil all six domains with the embedded pocket models."),
+    "analyze": ("proving", "analyze", "Say what each domain has to gain, before hours of capture."),
+    "sweep": ("proving", "sweep", "Distil under all combinations of some settings from one cache."),
+    "evaluate": ("proving", "evaluate", "Measure adapters anew: student, adapter and teacher."),
+    "report": ("reporting", "report", "Build the report of finished domains again."),
+    "compare": ("talking", "compare", "Show plain student, student with adapter and teacher side by side."),
+    "chat": ("talking", "chat", "Talk to the student with its adapter."),
+    "generate": ("talking", "generate", "Print the reply of the student with its adapter, for scripts."),
+    "cache": ("caches", "app", "Look after the caches of teacher targets."),
+    "init": ("setup", "init", "Lay out configs/ and prompts/ to start from."),
+    "doctor": ("setup", "doctor", "Show versions, device and BLAS: what to paste into an issue."),
+}
+"""Each command: its module in this package, its function there, and what the overview says of it."""
 
 # Typer carries its own copy of click from some version on; this is ClickException in either, without importing it.
 _UsageProblem = typer.BadParameter.__mro__[2]
@@ -36,7 +46,7 @@ def run(arguments: list[str]) -> int:
         for Ctrl-C, which typer turns into the exit code 130, and click into an exception of its own.
     """
     try:
-        code = app(arguments, prog_name="true-kd", standalone_mode=False) or 0
+        code = make_app(arguments)(arguments, prog_name="true-kd", standalone_mode=False) or 0
     except typer.Exit as stop:
         return stop.exit_code
     except _UsageProblem as problem:
@@ -50,43 +60,38 @@ def run(arguments: list[str]) -> int:
     return code
 
 
-app.command()(running.distill)
-app.command("capture")(running.capture_command)
-app.command()(running.demo)
-app.command()(proving.evaluate)
-app.command()(proving.analyze)
-app.command()(proving.sweep)
-app.command()(reporting.report)
-app.command()(talking.compare)
-app.command()(talking.chat)
-app.command()(talking.generate)
+def make_app(arguments: Sequence[str]) -> typer.Typer:
+    """The application for some arguments: whole where they call a command, else by name and summary.
+
+    A shell that asks for completions gets all of them whole.
+    """
+    app = typer.Typer(
+        name="true-kd",
+        help="Distil a large language model into small LoRA adapters on the machine in front of you.",
+        epilog=EXIT_CODES,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback(invoke_without_command=True)(_main)
+    called = next((word for word in arguments if not word.startswith("-")), None)
+    for name, (module, function, summary) in COMMANDS.items():
+        if name != called and "_TRUE_KD_COMPLETE" not in os.environ:
+            app.command(name, help=summary)(_other)
+            continue
+        found = getattr(importlib.import_module(f"{__name__}.{module}"), function)
+        if isinstance(found, typer.Typer):
+            app.add_typer(found, name=name)
+        else:
+            app.command(name)(found)
+    return app
 
 
-@app.command()
-def init(
-    folder: Annotated[Path, typer.Argument(help="Where to lay them out.")] = Path(),
-) -> int:
-    """Lay out configs/ and prompts/ to start from; files that are there already stay as they are."""
-    from true_kd.starter import lay_out
-
-    written, kept = lay_out(folder)
-    typer.echo(f"{folder}: {len(written)} files written, {len(kept)} already there and kept.")
-    inside = "" if folder == Path() else f"cd {folder} && "
-    typer.echo(f"Next: {inside}true-kd distill --domain thinking")
-    return 0
+def _other() -> None:
+    """Stands for a command that is not called."""
+    raise AssertionError("the command that is called is there whole")
 
 
-@app.command()
-def doctor() -> int:
-    """Show versions, device and BLAS: what to paste into an issue."""
-    from true_kd.doctor import describe_machine
-
-    for name, value in describe_machine().items():
-        typer.echo(f"{name:<14}{value}")
-    return 0
-
-
-@app.callback(invoke_without_command=True)
 def _main(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version and leave.")] = False,

@@ -64,7 +64,7 @@ def test_keys_are_shown_as_long_as_tells_them_apart(cli, own_cache: Path) -> Non
         (own_cache / name).mkdir(parents=True)
         (own_cache / name / "identity.json").write_text("{}")
     assert "0 caches" in said(cli("cache", "ls"))
-    from true_kd.cache_cli import _digits
+    from true_kd.cli.caches import _digits
 
     assert _digits(["0123456789aaaaaa", "0123456789abbbbb"]) == 12
     assert _digits(["0123456789aaaaaa"]) == 8
@@ -454,7 +454,7 @@ def test_a_lost_output_head_is_written_again_or_missed(cli, tmp_path: Path, monk
 
 def test_the_hint_of_an_import_has_no_word_of_the_stranger_who_wrote_the_identity() -> None:
     from true_kd.cache import StoredFile
-    from true_kd.cache_cli import _way_to_use
+    from true_kd.cli.caches import _way_to_use
 
     targets = {"threshold": "1; x", "draw_temperature": 4.0, "; rm -r x": 1.0, "share": 0.5}
     files = {TEACHER: StoredFile(TEACHER, "a" * 64, 0, 0)}
