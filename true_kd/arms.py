@@ -189,4 +189,10 @@ def _save(job: Job, weights: dict[str, mx.array], checkpoint: int | None = None)
     adapters.save_adapter(folder, weights, config.lora, config.student.model, settings)
     if checkpoint is None:
         # With the weights, so that it never describes others.
-        write_json(folder / adapters.RUN, {**config.model_dump(mode="json"), "domains": [job.domain], "fresh": False})
+        write_run(job)
+
+
+def write_run(job: Job) -> None:
+    """The resolved config beside the adapter, itself a valid `--config`."""
+    config = job.config.model_dump(mode="json")
+    write_json(job.folder / adapters.RUN, {**config, "domains": [job.domain], "fresh": False})

@@ -7,6 +7,7 @@ with `exit_code`; anything outside this tree is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -21,6 +22,22 @@ def shared_exit_code(errors: Iterable[Exception]) -> int:
     """0 for no error, the exit code that all of them share, else 1; that of a bug is 1."""
     codes = {error.exit_code if isinstance(error, TrueKDError) else 1 for error in errors}
     return 0 if not codes else codes.pop() if len(codes) == 1 else 1
+
+
+def let_go(error: Exception) -> str:
+    """The traceback of an error as text, after which its frames hold nothing: they would keep models in memory.
+
+    A bug keeps the text as a note.
+    """
+    trace = "".join(traceback.format_exception(error))
+    if not isinstance(error, TrueKDError) and error.__traceback__ is not None:
+        error.add_note(trace)
+    linked: BaseException | None = error
+    while linked is not None:
+        traceback.clear_frames(linked.__traceback__)
+        linked.__traceback__ = None
+        linked = linked.__cause__ or linked.__context__
+    return trace
 
 
 class InputError(TrueKDError):

@@ -207,7 +207,6 @@ class ParentCompared:
     domain: str
     parent: str
     replies: int
-    comparison: ParentComparison
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from true_kd.evaluation import FEWEST, Estimate, Resampled, TokenScores, share_e
 from true_kd.examples import Example
 from true_kd.models import token_pieces
 from true_kd.options import Options, record
-from true_kd.suggest import quote
 
 
 class GateOptions(Options):
@@ -31,9 +30,8 @@ class GateOptions(Options):
     """What to do where the student is as good as the teacher, or the same: warn, or refuse the domain."""
 
     def refuses(self, headroom: Headroom) -> bool:
-        """Whether a domain must not go on: not for what less than five prompts say."""
-        hopeless = headroom.standing == "same" or (headroom.standing == "no better" and headroom.prompts >= FEWEST)
-        return self.when_no_better == "refuse" and hopeless
+        """Whether a domain must not go on."""
+        return self.when_no_better == "refuse" and headroom.standing in ("same", "no better")
 
 
 Standing = Literal["better", "no better", "same", "unknown"]
@@ -163,7 +161,8 @@ def weigh_up(
     kl = prompts.estimate(lambda sums: sums["kl"] / sums["tokens"]) or Estimate(0.0)
     lead = prompts.estimate(lambda sums: sums["better by"] / sums["tokens"]) if given else None
     right = [share_estimate(found) if found is not None else None for found in (teacher_right, student_right)]
-    standing, why = _judge(kl, lead, *right)
+    enough = teacher_right is None or len(teacher_right) >= FEWEST
+    standing, why = _judge(kl, lead, *(right if enough else (None, None)))
     return Headroom(
         prompts=len(examples),
         tokens=len(scores.kl),
@@ -185,11 +184,11 @@ def weigh_up(
     )
 
 
-def check_sound(scores: TokenScores, student: str) -> None:
-    """Raise ModelError when an untrained student's losses are not finite numbers; `student` is its name."""
+def check_sound(scores: TokenScores, model: str) -> None:
+    """Raise ModelError when the losses of a model as it came are not finite numbers; `model` names it."""
     if not (np.isfinite(scores.kd).all() and np.isfinite(scores.nll).all() and np.isfinite(scores.kl).all()):
         raise ModelError(
-            f"student {quote(student)}: its loss on the validation prompts is not a finite number before any training, "
+            f"{model}: its loss on the validation prompts is not a finite number before any training, "
             "expected sound weights. Choose another model."
         )
 

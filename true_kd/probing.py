@@ -12,13 +12,14 @@ from true_kd import events
 from true_kd.cache import TargetCache, reply_key
 from true_kd.capture import TeacherPrompt, capture, render_for, teacher_identity
 from true_kd.datasets import read_replies, sample_data
-from true_kd.errors import InputError, TrueKDError
+from true_kd.errors import InputError, TrueKDError, let_go
 from true_kd.evaluation import exact_match, measure
 from true_kd.examples import Example, Rendered, make_example
 from true_kd.gate import Headroom, ParentComparison, check_sound, compare_with_parent, weigh_up
 from true_kd.jobs import Job
 from true_kd.models import LanguageModel, ModelOptions, open_model, release_memory
 from true_kd.prompts import Prompt
+from true_kd.suggest import quote
 from true_kd.targets import TargetSettings
 from true_kd.teacher import Teacher, choose_targets, teacher_answers
 from true_kd.vocabulary import map_vocabulary
@@ -46,12 +47,14 @@ def probe(
                 samples[job.domain] = sample
                 yield from sample.capture(teacher)
         except Exception as error:  # noqa: BLE001 - a domain fails alone, be it by a bug
+            let_go(error)
             found[job.domain] = error
     chosen = [job for job in group if job.domain in samples and job.domain not in found]
     if chosen:
         teacher.close()
     found |= yield from compare_samples(chosen, samples, teacher)
-    return found
+    # Of a sample that says nothing nothing follows: the domain may have longer replies elsewhere.
+    return {domain: each for domain, each in found.items() if not isinstance(each, EmptySample)}
 
 
 def sample_all(
@@ -71,6 +74,7 @@ def sample_all(
             yield from sample.capture(teacher)
             samples[job.domain] = sample
         except Exception as error:  # noqa: BLE001 - a domain fails alone, be it by a bug
+            let_go(error)
             refused[job.domain] = error
     return samples, refused
 
@@ -93,6 +97,7 @@ def compare_samples(
             try:
                 headroom = samples[job.domain].compare(student, teacher)
             except Exception as error:  # noqa: BLE001 - a domain fails alone, be it by a bug
+                let_go(error)
                 found[job.domain] = error
                 continue
             job.was_probed = True
@@ -129,10 +134,21 @@ def compare_with_parents(
         training = job.config.training
         final = job.config.losses.final
         scores = measure(teacher.open().module, scored[job.domain], final, training.batch_size)
+        check_sound(scores, f"teacher {quote(teacher.options.model)}")
         found[job.domain] = compare_with_parent(scored[job.domain], scores)
-        yield events.ParentCompared(job.domain, parent.options.model, len(scored[job.domain]), found[job.domain])
+        yield events.ParentCompared(job.domain, parent.options.model, len(scored[job.domain]))
     teacher.close()
     return found
+
+
+class EmptySample(InputError):
+    """No reply of a sample can be measured."""
+
+    def __init__(self, domain: str, prompts: int, limit: int) -> None:
+        super().__init__(
+            f"{domain}: of its first {prompts} validation prompts none leaves room for a reply within "
+            f"training.max_seq_length={limit} that the student can write, expected one at least. Raise it, or --sample."
+        )
 
 
 class Sample:
@@ -189,7 +205,10 @@ class Sample:
             )
             for asked, prompt in zip(given, self._prompts, strict=True)
         ]
-        return [example for example in examples if example is not None]
+        found = [example for example in examples if example is not None]
+        if not found:
+            raise EmptySample(self._job.domain, len(self._prompts), config.training.max_seq_length)
+        return found
 
     def compare(self, student: LanguageModel, teacher: Teacher) -> Headroom:
         """What the student's scores on the replies say.
@@ -202,12 +221,9 @@ class Sample:
         config = self._job.config
         examples, given = sample_data(self._job, self._prompts, self._asked, self._cache, student)
         if not examples:
-            raise InputError(
-                f"{self._job.domain}: none of its first {len(self._prompts)} validation prompts leaves room for a "
-                f"reply, expected one at least. Raise training.max_seq_length, now {config.training.max_seq_length}."
-            )
+            raise EmptySample(self._job.domain, len(self._prompts), config.training.max_seq_length)
         scores = measure(student.module, examples, config.losses.final, config.training.batch_size)
-        check_sound(scores, config.student.model)
+        check_sound(scores, f"student {quote(config.student.model)}")
         taught = teacher_answers(self._prompts, self._asked, self._cache, teacher.text, config.evaluation)
         checkable = [prompt for prompt in self._prompts if prompt.answer is not None]
         right = exact_match(student, checkable, config.capture, config.evaluation) if taught is not None else None

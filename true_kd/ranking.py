@@ -93,9 +93,14 @@ def _row(setting: str, best: str, many: Sequence[PromptScores], prompts: Resampl
         top1_agreement=mean("agreed"),
         exact_match=_mean_share(answers),
         behind=behind,
-        as_good=setting == best or (behind.low is not None and behind.low <= 0 <= (behind.high or 0)),
+        as_good=setting == best or not _differs(behind),
         is_control=is_control,
     )
+
+
+def _differs(behind: Estimate) -> bool:
+    """Whether a difference from the best is more than chance: never so where there are too few prompts to tell."""
+    return behind.low is not None and behind.high is not None and not behind.low <= 0 <= behind.high
 
 
 def _mean_share(answers: Sequence[Sequence[bool]]) -> Estimate | None:
@@ -116,12 +121,13 @@ def _say(domain: str, best: str, rows: Sequence[Row]) -> str:
     equals = [row.setting for row in rows if row.as_good and row.setting != best and not row.is_control]
     if equals:
         words += f"; as good within chance: {', '.join(equals)}"
+    if len({row.seeds for row in rows}) > 1:
+        words += "; not all settings have as many seeds, some have failed"
     control = next((row for row in rows if row.is_control), None)
     if control is None:
         return f"{words}."
-    low, high = control.behind.low, control.behind.high
-    if low is not None and low > 0:
+    if not _differs(control.behind):
+        return f"{words}. Plain fine-tuning is as good within chance."
+    if control.behind.value > 0:
         return f"{words}. Plain fine-tuning is behind by {control.behind.value:.3f} nats per token."
-    if high is not None and high < 0:
-        return f"{words}. Plain fine-tuning is nearer to the teacher by {-control.behind.value:.3f} nats per token."
-    return f"{words}. Plain fine-tuning is as good within chance."
+    return f"{words}. Plain fine-tuning is nearer to the teacher by {-control.behind.value:.3f} nats per token."

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from true_kd import adapters, events, reporting
-from true_kd.arms import Clock, Trained, find_start, train_arm
+from true_kd.arms import Clock, Trained, find_start, train_arm, write_run
 from true_kd.backend import versions
 from true_kd.checkpoints import Checkpoint, drop_states
 from true_kd.datasets import DomainData, build_data
@@ -23,6 +23,7 @@ from true_kd.models import LanguageModel, open_model, release_memory
 from true_kd.proof import Measured, Proof, prove
 from true_kd.reporting import KDResult, Validation
 from true_kd.sizes import ModelSize, measure_size
+from true_kd.suggest import quote
 
 
 def distill_student(job: Job) -> Generator[events.Event, None, KDResult]:
@@ -43,7 +44,7 @@ def distill_student(job: Job) -> Generator[events.Event, None, KDResult]:
     earlier = None if config.fresh else reporting.read_result(job.folder, job.run_digest)
     student = open_model(config.student, "student")
     data = build_data(job, student)
-    start = find_start(job)
+    start = None if earlier else find_start(job)
     if earlier is None:
         yield from _announce(job, data, start)
     clock = Clock()
@@ -57,17 +58,23 @@ def distill_student(job: Job) -> Generator[events.Event, None, KDResult]:
     tokenizer = student.tokenizer
     del student
     release_memory()
-    control, took = yield from _run_control(job, base)
-    clock.skip()
-    proof, after = yield from _prove(job, base, control, tokenizer)
+    yield events.Proving(job.label, len(data.valid))
+    # What is reported is measured on the folder as it was saved, opened anew as its user will.
+    adapted = _measure_adapter(job, base)
     clock.stop("evaluation")
+    after = adapted.scores.metrics(config.losses.final)
     if earlier is None:
         result = _result(job, base.validation, after, data, trained, clock)
     else:
         result = replace(earlier, after=after, unchanged=False, finished_at=reporting.now(), versions=versions())
-    result = replace(result, proof=proof, seconds={**result.seconds, **took})
-    reporting.write_result(job.folder, result, job.run_digest, job.proof_digest)
-    drop_states(job.folder)
+    result = replace(result, proof=_prove(job, base, adapted, None, tokenizer))
+    # Before the control: should that fail, what was distilled is finished all the same.
+    _write(job, result)
+    control, took = yield from _run_control(job, base)
+    if control is not None:
+        proof = _prove(job, base, adapted, control, tokenizer)
+        result = replace(result, proof=proof, seconds={**result.seconds, **took})
+        _write(job, result)
     return result
 
 
@@ -96,14 +103,24 @@ def evaluate_student(job: Job) -> Generator[events.Event, None, tuple[Proof, KDR
     release_memory()
     earlier = reporting.read_result(job.folder, job.run_digest)
     control, took = yield from _run_control(job, base, may_train=earlier is not None)
-    proof, after = yield from _prove(job, base, control, tokenizer)
+    yield events.Proving(job.label, len(data.valid))
+    adapted = _measure_adapter(job, base)
+    proof = _prove(job, base, adapted, control, tokenizer)
     if earlier is None:
         return proof, None
+    after = adapted.scores.metrics(config.losses.final)
     result = replace(
         earlier, after=after, proof=proof, unchanged=False, versions=versions(), seconds={**earlier.seconds, **took}
     )
-    reporting.write_result(job.folder, result, job.run_digest, job.proof_digest)
+    _write(job, result)
     return proof, result
+
+
+def _write(job: Job, result: KDResult) -> None:
+    """The record of a finished domain, and the settings that it was measured by."""
+    write_run(job)
+    reporting.write_result(job.folder, result, job.run_digest, job.proof_digest)
+    drop_states(job.folder)
 
 
 @dataclass(frozen=True)
@@ -126,7 +143,7 @@ def _announce(job: Job, data: DomainData, start: Checkpoint | None) -> Generator
 def _measure_base(job: Job, student: LanguageModel, data: DomainData) -> _Base:
     final = job.config.losses.final
     scores = measure(student.module, data.valid, final, job.config.training.batch_size)
-    check_sound(scores, job.config.student.model)
+    check_sound(scores, f"student {quote(job.config.student.model)}")
     right = _right_answers(job, student, data)
     size = measure_size(
         student,
@@ -146,14 +163,8 @@ def _pass_gate(job: Job, headroom: Headroom) -> Generator[events.Event, None, No
         raise NothingToTeach(headroom)
 
 
-def _prove(
-    job: Job, base: _Base, control: Measured | None, tokenizer: Any
-) -> Generator[events.Event, None, tuple[Proof, EvalMetrics]]:
-    """The proof, and the adapter's metrics by the run's own objective."""
-    yield events.Proving(job.label, len(base.data.valid))
-    # What is reported is measured on the folder as it was saved, opened anew as its user will.
-    adapted = _measure_adapter(job, base)
-    proof = prove(
+def _prove(job: Job, base: _Base, adapted: Measured, control: Measured | None, tokenizer: Any) -> Proof:
+    return prove(
         job.domain,
         base.data.valid,
         base.measured,
@@ -164,7 +175,6 @@ def _prove(
         base.headroom,
         tokenizer,
     )
-    return proof, adapted.scores.metrics(job.config.losses.final)
 
 
 def _run_control(
@@ -172,11 +182,11 @@ def _run_control(
 ) -> Generator[events.Event, None, tuple[Measured | None, dict[str, float]]]:
     """The control as it measures, and the seconds that it took; one is trained where it is wanted and not there.
 
-    `may_train` is false where what lies there is measured, whatever it was trained for.
+    `may_train` is false where the adapter itself is of other prompts or settings: then no control is made for it.
     """
     control, wanted = job.control(), job.config.control != "none" and may_train
     redo = wanted and job.config.fresh
-    finished = None if redo else reporting.read_result(control.folder, control.run_digest if may_train else None)
+    finished = None if redo else reporting.read_result(control.folder, control.run_digest)
     if finished is None and not wanted:
         return None, {}
     if finished is None:

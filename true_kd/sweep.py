@@ -16,7 +16,7 @@ from typing import Any
 
 from true_kd import events, pipeline
 from true_kd.config import Override
-from true_kd.errors import InputError
+from true_kd.errors import InputError, TrueKDError
 from true_kd.files import write_json
 from true_kd.jobs import plan, refuse
 from true_kd.ranking import Run, recommend
@@ -66,10 +66,10 @@ def grid(axes: Sequence[Axis], with_control: bool) -> list[Point]:
             "sweep: nothing to vary, expected values such as --temperature 1,2,4 or --grid lora.rank=8,16."
         )
     for axis in axes:
-        if axis.path[0] not in _SWEPT:
+        if axis.path[0] not in _SWEPT or axis.path == ("training", "max_seq_length"):
             raise InputError(
                 f"{axis.flag}: {dotted(axis.path)} cannot be swept, expected a key of losses, training or lora, or the "
-                "seed: all points share what the teacher said. Set it with --set."
+                "seed: all points share what the teacher said, and what is measured of it. Set it with --set."
             )
     paths = [axis.path for axis in axes]
     if len(set(paths)) < len(paths):
@@ -82,11 +82,14 @@ def grid(axes: Sequence[Axis], with_control: bool) -> list[Point]:
     points = [_point(axes, values) for values in itertools.product(*(axis.values for axis in axes))]
     if with_control:
         seeds = [axis for axis in axes if axis.path == _SEED]
-        plain = Override("--control", ("losses",), {"alpha": 0.0})
         for values in itertools.product(*(axis.values for axis in seeds)):
             bare = _point(seeds, values)
             name = ",".join(["sft", *filter(None, [bare.name])])
-            points.append(Point(name, (*bare.overrides, plain), "sft", is_control=True))
+            points.append(Point(name, bare.overrides, "sft", is_control=True))
+    names = [point.name for point in points]
+    if len(set(names)) < len(names):
+        twice = max(names, key=names.count)
+        raise InputError(f"sweep: {twice} comes twice, expected each point once. Leave a value out.")
     return points
 
 
@@ -102,7 +105,7 @@ def _point(axes: Sequence[Axis], values: Sequence[Any]) -> Point:
 
 
 def _spell(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:.12g}" if isinstance(value, float) else str(value)
 
 
 def sweep(
@@ -127,7 +130,8 @@ def sweep(
     where = planned[0][1][0].config.out_folder / FOLDER
     for number, (point, jobs, refused) in enumerate(planned, start=1):
         for job in jobs:
-            job.config = job.config.model_copy(update={"out": str(where / point.name), "control": "none"})
+            config = job.control().config if point.is_control else job.config
+            job.config = config.model_copy(update={"out": str(where / point.name), "control": "none"})
         yield events.PointStarted(point.name, number, len(points))
         for event in pipeline.distill(jobs, refused):
             if isinstance(event, events.RunFinished):
@@ -138,7 +142,12 @@ def sweep(
                     found.setdefault(result.domain, []).append(run)
             else:
                 yield event
-    recommendations = tuple(recommend(domain, runs) for domain, runs in found.items())
+    recommendations = []
+    for domain, runs in found.items():
+        try:
+            recommendations.append(recommend(domain, runs))
+        except TrueKDError as error:
+            failures[domain] = error
     if recommendations:
         write_json(where / RESULT, {"domains": {each.domain: asdict(each) for each in recommendations}})
-    yield events.SweepFinished(recommendations, failures, where / RESULT)
+    yield events.SweepFinished(tuple(recommendations), failures, where / RESULT)

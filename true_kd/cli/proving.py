@@ -26,7 +26,7 @@ from true_kd.cli.flags import (
     overrides,
 )
 from true_kd.config import SHORT_NAMES, Override
-from true_kd.errors import InputError, shared_exit_code
+from true_kd.errors import InputError, TrueKDError, shared_exit_code
 from true_kd.validation import parse_override
 
 if TYPE_CHECKING:
@@ -62,7 +62,11 @@ def evaluate(
     for name in named:
         # The folder may have moved since its run.
         here = [*given, Override("--out", ("out",), str(folder))]
-        found = finding.find_domain(name, str(folder), None, here)
+        try:
+            found = finding.find_domain(name, str(folder), None, here)
+        except TrueKDError as error:
+            failures[name] = error
+            continue
         ready, refused = jobs.plan(found.folder / RUN, [name], here)
         planned, failures = planned + ready, failures | refused
     if not planned:
@@ -189,7 +193,10 @@ def sweep(
         for each in end.recommendations:
             _print(sweep_table(each))
             typer.echo(each.sentence)
-        typer.echo(f"Table: {end.table}. Each point's adapters lie beside it.")
+        for name, error in end.failures.items():
+            typer.echo(f"{name}: {error}", err=True)
+        if end.recommendations:
+            typer.echo(f"Table: {end.table}. Each point's adapters lie beside it.")
     return shared_exit_code(end.failures.values())
 
 
@@ -233,7 +240,7 @@ def _say_parents(parents: Mapping[str, ParentComparison]) -> None:
         span = "" if found.kl.low is None else f" ({found.kl.low:.3f} to {found.kl.high:.3f})"
         typer.echo(
             f"{name}: the teacher is {found.kl.value:.3f} nats per token{span} from its parent, top-1 agreement "
-            f"{found.top1_agreement.value:.1%}, on {found.replies} of its own replies"
+            f"{found.top1_agreement.value:.1%}, on {found.replies} replies"
         )
 
 

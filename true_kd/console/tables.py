@@ -153,4 +153,5 @@ def _spread(estimate: Estimate, form: str) -> str:
 
 
 def _lead(lead: Lead) -> str:
-    return f"{_spread(lead.by, '+.3f')}, {lead.sureness:.0%} sure"
+    sure = "" if lead.sureness is None else f", {lead.sureness:.0%} sure"
+    return f"{_spread(lead.by, '+.3f')}{sure}"

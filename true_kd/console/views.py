@@ -55,7 +55,7 @@ class LineView:
                 self.say(f"{domain}: {replies} replies of the teacher are in the cache")
             case events.Probed(domain, headroom):
                 self.say(f"{domain}: {_probed(headroom)}")
-            case events.ParentCompared(domain, parent, replies, _):
+            case events.ParentCompared(domain, parent, replies):
                 self.say(f"{domain}: compared with {parent} on {replies} replies")
             case events.PointStarted(point, number, total):
                 self.say(f"point {number} of {total}: {point}")

@@ -35,7 +35,7 @@ class Estimate:
     value: float
     """Over all held-out prompts."""
     low: float | None = None
-    """The lower end; null, as the upper one, where there are fewer than five prompts."""
+    """The lower end; null, as the upper one, where there are fewer than five prompts (but for shares of tasks)."""
     high: float | None = None
     """The upper end."""
 
@@ -80,8 +80,13 @@ class Resampled:
             return Estimate(value)
         return Estimate(value, *_interval(value, drawn, without))
 
-    def sureness(self, statistic: Statistic) -> float:
-        """Share of the draws in which a measure is above zero; half of those in which it is zero count."""
+    def sureness(self, statistic: Statistic) -> float | None:
+        """Share of the draws in which a measure is above zero; half of those in which it is zero count.
+
+        None where there are fewer than five prompts.
+        """
+        if self.count < FEWEST:
+            return None
         with np.errstate(divide="ignore", invalid="ignore"):
             drawn = statistic(self._drawn)
         return float(np.mean(drawn > 0) + np.mean(drawn == 0) / 2)

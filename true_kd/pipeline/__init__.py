@@ -1,8 +1,9 @@
 """What a run does, as generators of events (see `true_kd.events`): they print nothing, and whoever runs them shows what
 it wants.
 
-`distill` in `distilling` is the one function to read first. The teacher is opened once, answers for all domains and is
-freed before the first student is opened, so a run's peak memory is that of its larger phase, not the sum.
+`distill` in `distilling` is the one function to read first. The teacher answers for all domains and is freed before the
+first student is trained; where a probe comes before, it is opened, freed and opened again. The two are never in memory
+together, so a run's peak memory is that of its larger phase, not the sum.
 """
 
 from true_kd.pipeline.distilling import capture, distill

@@ -86,7 +86,8 @@ def _skip_finished(jobs: Sequence[Job], ledger: Ledger) -> Generator[events.Even
     for job in jobs:
         finished = None if job.config.fresh else reporting.read_result(job.folder, job.run_digest, job.proof_digest)
         if finished is not None and finished.proof is not None and not job.lacks_control(finished.proof):
-            drop_states(job.folder)
+            for folder in (job.folder, job.control().folder):
+                drop_states(folder)
             yield ledger.finished(finished)
             continue
         try:

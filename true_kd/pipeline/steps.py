@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -12,7 +11,7 @@ import mlx.core as mx
 from filelock import FileLock, Timeout
 
 from true_kd import events
-from true_kd.errors import InputError, LockedError, TrueKDError
+from true_kd.errors import InputError, LockedError, TrueKDError, let_go
 from true_kd.files import make_folder, remove_temporaries
 from true_kd.gate import NothingToTeach
 from true_kd.jobs import Job, find_teacher, refuse
@@ -40,14 +39,7 @@ class Ledger:
 
     def failed(self, domain: str, error: Exception) -> events.DomainFailed:
         """Note a failure, without the frames that would keep models in memory."""
-        trace = "".join(traceback.format_exception(error))
-        if not isinstance(error, TrueKDError):
-            error.add_note(trace)
-        linked: BaseException | None = error
-        while linked is not None:
-            traceback.clear_frames(linked.__traceback__)
-            linked.__traceback__ = None
-            linked = linked.__cause__ or linked.__context__
+        trace = let_go(error)
         self.failures[domain] = error
         return events.DomainFailed(domain, error, trace)
 
@@ -125,7 +117,7 @@ def hold(out: Path) -> Iterator[None]:
 
 
 def group_by_teacher(jobs: Sequence[Job]) -> list[list[Job]]:
-    """Jobs that share a teacher, in order: it is opened once per group."""
+    """Jobs that share a teacher, in order: it answers for all of them before it is freed."""
     groups: dict[ModelOptions, list[Job]] = {}
     for job in jobs:
         groups.setdefault(job.teacher.options, []).append(job)

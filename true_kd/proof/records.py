@@ -54,8 +54,8 @@ class Lead:
 
     by: Estimate
     """The difference."""
-    sureness: float
-    """Share of the bootstrap's draws of the prompts in which the first is ahead."""
+    sureness: float | None
+    """Share of the bootstrap's draws of the prompts in which the first is ahead; null for fewer than five prompts."""
 
 
 @record
@@ -152,9 +152,9 @@ class PromptScores:
 
 
 Outcome = Literal["helped", "unclear", "mixed", "hurt", "nothing to learn"]
-"""`helped`: the interval of the gap that was closed lies above 0. `unclear`: it holds 0, or there are too few prompts
-for one. `hurt`: it lies below 0. `mixed`: nearer to the teacher, but surely fewer tasks answered right. `nothing to
-learn`: student and teacher were the same to begin with."""
+"""`helped`: the interval of the gap that was closed lies above 0. `unclear`: it holds 0, or there is none, with too few
+prompts or a student too near to its teacher. `hurt`: it lies below 0. `mixed`: nearer to the teacher, but surely fewer
+tasks answered right. `nothing to learn`: student and teacher were the same to begin with."""
 
 Place = Literal["ahead", "level", "behind"]
 """Where the adapter is against the control by KL; `level` where the interval of the difference holds 0."""
@@ -167,7 +167,7 @@ class Verdict:
     outcome: Outcome
     """In a word."""
     against_control: Place | None
-    """None without a control."""
+    """None without a control, and where there was nothing to learn."""
     sentence: str
     """In a sentence."""
 

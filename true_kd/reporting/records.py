@@ -62,7 +62,8 @@ class KDResult:
     steps: tuple[StepMetrics, ...]
     validations: tuple[Validation, ...]
     seconds: Mapping[str, float]
-    """Per phase: capture, training, evaluation. Capture counts what this run captured, not what the cache held."""
+    """Per phase: capture, training, evaluation, and control where there is one. Capture counts what this run captured,
+    not what the cache held."""
     capture_peak_memory: int
     training_peak_memory: int
     trainable_parameters: int

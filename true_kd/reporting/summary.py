@@ -141,6 +141,18 @@ def write_summary(out: Path, results: Sequence[KDResult], failures: Mapping[str,
     return out / adapters.SUMMARY
 
 
+def refresh_summary(out: Path) -> Path:
+    """Bring the domains of kd_summary.json up to date, and leave what it says of the last run."""
+    path = out / adapters.SUMMARY
+    record = adapters.read_json(path)
+    if not isinstance(record, dict) or record.get("format") != FORMAT or not isinstance(record.get("domains"), dict):
+        return write_summary(out, [], {}, 0.0)
+    finished = {folder.name: result for folder in sorted(out.iterdir()) if (result := read_result(folder))}
+    record["domains"] |= {name: asdict(summarize(result)) for name, result in finished.items()}
+    write_json(path, record)
+    return path
+
+
 def summarize(result: KDResult) -> DomainSummary:
     """A result without its curves."""
     return DomainSummary(
