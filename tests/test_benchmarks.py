@@ -61,7 +61,8 @@ def test_the_presets_keep_the_gradient_within_their_bytes(tmp_path: Path) -> Non
             cosine, norm, _ = (float(value) for value in cell.split(" (")[0].split(","))
             if least is not None:
                 assert cosine >= least
-                assert abs(norm - 1) < (0.05 if least < 0.98 else 0.02)
+                # Noise without bias makes a gradient longer, by as much as 1 / cosine.
+                assert abs(norm - 1) < max(1 / least - 1, 0.02)
 
 
 @pytest.mark.slow

@@ -20,7 +20,6 @@ from true_kd.console import LineView, LiveView, headroom_table, make_view, proof
 from true_kd.errors import InputError, PromptError
 from true_kd.evaluation import Estimate, EvalMetrics
 from true_kd.fidelity import Fidelity, Position
-from true_kd.gate import ParentComparison
 from true_kd.reporting import DataCounts, KDResult, Validation
 from true_kd.targets import TargetOptions
 from true_kd.training import StepMetrics
@@ -41,7 +40,6 @@ COUNTS = DataCounts(
 )
 PROOF = usual_proof("cats")
 CHECKED = usual_proof("cats", control=True, tasks=8)
-PARENT = ParentComparison(9, 90, Estimate(0.1, 0.05, 0.15), Estimate(0.9, 0.8, 1.0), 1.2, 1.3)
 RESULT = KDResult(
     domain="cats",
     teacher="a/b",
@@ -195,7 +193,7 @@ def on_stdout(monkeypatch: pytest.MonkeyPatch, *shown_events: events.Event, term
             events.Evaluated("cats", PROOF, kept=False),
             "cats: measured; not kept: the adapter is of other prompts or settings, or of a run cut short",
         ),
-        (events.ParentCompared("cats", "a/parent", 9, PARENT), "cats: compared with a/parent on 9 replies"),
+        (events.ParentCompared("cats", "a/parent", 9), "cats: compared with a/parent on 9 replies"),
         (events.PointStarted("alpha=0.5", 2, 4), "point 2 of 4: alpha=0.5"),
         (finished(failures={"cats": InputError("x")}), f"0 done, 1 failed. Summary: {SUMMARY}"),
         (

@@ -280,7 +280,7 @@ def test_a_teacher_is_compared_with_its_parent(quantised: Place, student_folder:
     assert comparison.top1_agreement.value <= 1.0
     assert found.headrooms["a"].kl.value == pytest.approx(comparison.kl.value, rel=1.0), "its student is its parent"
     [told] = found.of(events.ParentCompared)
-    assert (told.domain, told.parent, told.comparison) == ("a", str(student_folder), comparison)
+    assert (told.domain, told.parent, told.replies) == ("a", str(student_folder), 2)
 
 
 def test_a_teacher_that_is_its_own_parent_has_lost_nothing(place: Place, teacher_folder: Path) -> None:
