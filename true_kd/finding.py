@@ -14,8 +14,7 @@ from true_kd import adapters
 from true_kd.config import KDConfig, NoConfigs, Override, RunConfig, load_config
 from true_kd.errors import InputError, PromptError
 from true_kd.files import expand
-from true_kd.json_lines import read_lines
-from true_kd.prompts import SYSTEM_FILE, check_domain_name
+from true_kd.prompts import SYSTEM_FILE, check_domain_name, read_system
 from true_kd.suggest import did_you_mean, quote
 
 
@@ -124,13 +123,11 @@ def system_message(found: FoundAdapter) -> str | None:
     if found.domain is None:
         return None
     path = found.config.prompts_folder / found.domain / SYSTEM_FILE
-    if not path.is_file():
-        return None
     problems: list[str] = []
-    text = "\n".join(line for _, line in read_lines(path, problems)).strip()
+    text = read_system(path, problems)
     if problems:
         raise PromptError(problems)
-    return text or None
+    return text
 
 
 def _holds_adapter(folder: Path) -> bool:

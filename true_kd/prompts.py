@@ -148,7 +148,7 @@ def load_prompts(root: Path, domain: str, split: str) -> list[Prompt]:
         names = " and ".join(path.name for path in found)
         raise PromptError([f"{folder}: both {names}, expected one file per split. Merge them, or remove one."])
     problems: list[str] = []
-    system = _read_system(folder / SYSTEM_FILE, problems)
+    system = read_system(folder / SYSTEM_FILE, problems)
     prompts = list(_read_prompts(found[0], system, problems))
     if not prompts and not problems:
         problems.append(f"{found[0]}: no prompts, expected one a line. Write some, or remove the file.")
@@ -202,7 +202,8 @@ def _candidates(folder: Path, split: str) -> list[Path]:
     return [path for suffix in _SUFFIXES if (path := folder / f"{split}{suffix}").is_file()]
 
 
-def _read_system(path: Path, problems: list[str]) -> str | None:
+def read_system(path: Path, problems: list[str]) -> str | None:
+    """The system message in a domain's SYSTEM_FILE; None where there is none. Faults go to `problems`."""
     if not path.is_file():
         return None
     before = len(problems)
