@@ -67,6 +67,7 @@ def sample_all(
         alike = [job for job in everyone if job.teacher.options == teacher.options]
         settings = yield from choose_targets(group, teacher, alike)
     except TrueKDError as error:
+        let_go(error)
         return samples, {job.domain: error for job in group}
     for job in group:
         try:
@@ -91,6 +92,7 @@ def compare_samples(
         try:
             student = open_model(options, "student")
         except TrueKDError as error:
+            let_go(error)
             found |= {job.domain: error for job in theirs}
             continue
         for job in theirs:

@@ -40,8 +40,13 @@ def measure_size(
     return ModelSize(
         parameters=parameter_count(model.module),
         bytes=sum(file.stat().st_size for file in describe(options, seam).weights),
-        tokens_per_second=decoding_speed(model.module, prompts[:_PROMPTS], tokens) if tokens and prompts else None,
+        tokens_per_second=measure_speed(model, prompts, tokens),
     )
+
+
+def measure_speed(model: LanguageModel, prompts: Sequence[Sequence[int]], tokens: int) -> float | None:
+    """Tokens per second of an open model; `tokens` written to each of the first `prompts`, None for 0 of either."""
+    return decoding_speed(model.module, prompts[:_PROMPTS], tokens) if tokens and prompts else None
 
 
 def machine() -> str:

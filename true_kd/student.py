@@ -22,7 +22,7 @@ from true_kd.memory import budget_bytes, set_guards
 from true_kd.models import LanguageModel, open_model, release_memory
 from true_kd.proof import Measured, Proof, prove
 from true_kd.reporting import KDResult, Validation
-from true_kd.sizes import ModelSize, measure_size
+from true_kd.sizes import ModelSize, measure_size, measure_speed
 from true_kd.suggest import quote
 
 
@@ -145,15 +145,14 @@ def _measure_base(job: Job, student: LanguageModel, data: DomainData) -> _Base:
     scores = measure(student.module, data.valid, final, job.config.training.batch_size)
     check_sound(scores, f"student {quote(job.config.student.model)}")
     right = _right_answers(job, student, data)
-    size = measure_size(
-        student,
-        job.config.student,
-        "student",
-        [example.prompt.tolist() for example in data.valid],
-        job.config.evaluation.speed_tokens,
-    )
+    speed_tokens = job.config.evaluation.speed_tokens
+    size = measure_size(student, job.config.student, "student", _prompts(data), speed_tokens)
     headroom = weigh_up(data.valid, scores, student.tokenizer, data.given, job.targets.right, right)
     return _Base(data, Measured(scores, right, size), Validation(0, scores.metrics(final)), headroom)
+
+
+def _prompts(data: DomainData) -> list[list[int]]:
+    return [example.prompt.tolist() for example in data.valid]
 
 
 def _pass_gate(job: Job, headroom: Headroom) -> Generator[events.Event, None, None]:
@@ -222,13 +221,11 @@ def _measure_adapter(job: Job, base: _Base, judge: Job | None = None) -> Measure
     adapted = open_model(config.student, "student")
     adapters.load_adapter(adapted.module, job.folder)
     scores = measure(adapted.module, base.data.valid, config.losses.final, config.training.batch_size)
-    prompts = [example.prompt.tolist() for example in base.data.valid]
-    size = measure_size(adapted, config.student, "student", prompts, config.evaluation.speed_tokens)
     weights = job.folder / adapters.WEIGHTS
     size = ModelSize(
         parameters=(base.measured.size.parameters or 0) + adapters.count_parameters(weights),
         bytes=(base.measured.size.bytes or 0) + weights.stat().st_size,
-        tokens_per_second=size.tokens_per_second,
+        tokens_per_second=measure_speed(adapted, _prompts(base.data), config.evaluation.speed_tokens),
     )
     right = _right_answers(judge or job, adapted, base.data)
     del adapted

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -25,6 +24,7 @@ from true_kd.cli.flags import (
     flag,
     overrides,
 )
+from true_kd.cli.output import say_json
 from true_kd.config import SHORT_NAMES, Override
 from true_kd.errors import InputError, TrueKDError, shared_exit_code
 from true_kd.validation import parse_override
@@ -73,7 +73,7 @@ def evaluate(
         jobs.refuse(failures)
     end = _watch(pipeline.evaluate(planned, failures), events.EvaluationFinished, as_json)
     if as_json:
-        _say_json({"domains": {name: asdict(proof) for name, proof in end.proofs.items()}, **_failed(end.failures)})
+        say_json({"domains": {name: asdict(proof) for name, proof in end.proofs.items()}, **_failed(end.failures)})
     else:
         for name, proof in end.proofs.items():
             _print(proof_table(name, proof))
@@ -110,7 +110,7 @@ def analyze(
         jobs.refuse(failures)
     end = _watch(pipeline.analyze(planned, failures, parent), events.AnalysisFinished, as_json)
     if as_json:
-        _say_json(
+        say_json(
             {
                 "domains": {name: asdict(headroom) for name, headroom in end.headrooms.items()},
                 "parents": {name: asdict(comparison) for name, comparison in end.parents.items()},
@@ -188,7 +188,7 @@ def sweep(
     domains = jobs.choose_domains(config, domain or [], everything, shared)
     end = _watch(sweeping.sweep(config, domains, shared, points), events.SweepFinished, as_json)
     if as_json:
-        _say_json({"domains": {each.domain: asdict(each) for each in end.recommendations}, **_failed(end.failures)})
+        say_json({"domains": {each.domain: asdict(each) for each in end.recommendations}, **_failed(end.failures)})
     else:
         for each in end.recommendations:
             _print(sweep_table(each))
@@ -246,10 +246,6 @@ def _say_parents(parents: Mapping[str, ParentComparison]) -> None:
 
 def _failed(failures: Mapping[str, Exception]) -> dict[str, Any]:
     return {"failed": {name: str(error) for name, error in failures.items()}}
-
-
-def _say_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def _print(table: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from true_kd.cli.flags import AsJson, Domains
+from true_kd.cli.output import say_json
 from true_kd.errors import InputError
 from true_kd.suggest import did_you_mean, printable, quote
 
@@ -53,7 +53,7 @@ def report(
     found = _limit(find_finished(root), domain or [], root)
     path = None if no_html else save_report(html or root / REPORT, build_report(found.results, found.failures))
     if as_json:
-        typer.echo(json.dumps(_records(found), indent=2, ensure_ascii=False, allow_nan=False))
+        say_json(_records(found))
     else:
         show(make_console(sys.stdout), found.results, found.failures, path)
     return 0

@@ -17,7 +17,6 @@ from true_kd.suggest import percent, printable
 
 def results_table(results: Sequence[KDResult], arrow: str = "→") -> Table:
     """How much nearer each domain's student came to the teacher, and how sure that is."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
     proofs = [result.proof for result in results if result.proof is not None]
     columns: dict[str, Callable[[KDResult, Proof], str]] = {
         "KL to teacher": lambda result, proof: _change(proof.student.kl, proof.adapted.kl, arrow, ".3f"),
@@ -30,13 +29,11 @@ def results_table(results: Sequence[KDResult], arrow: str = "→") -> Table:
     )
     if any(proof.tasks for proof in proofs):
         columns["exact match (teacher)"] = lambda result, proof: _answers(proof, arrow)
-    table.add_column("domain")
-    for name in columns:
-        table.add_column(name, justify="right")
+    table = _table("domain", *columns)
     table.add_column("adapter", overflow="fold")
     for result in results:
         cells = ["-" if result.proof is None else show(result, result.proof) for show in columns.values()]
-        table.add_row(*(Text(printable(cell)) for cell in (result.domain, *cells, result.adapter_path)))
+        _add(table, result.domain, *cells, result.adapter_path)
     return table
 
 
