@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,6 +16,7 @@ from mlx.utils import tree_map
 from true_kd import adapters
 from true_kd.adapters import checkpoint_folder, load_adapter, read_json, remove_checkpoints, save_adapter
 from true_kd.errors import CacheError
+from true_kd.files import digest_file
 from true_kd.models import LoraOptions, ModelOptions, add_lora, open_model, trainable
 
 SOME_TOKENS = mx.array([[5, 17, 99, 0, 42, 63], [1, 1, 2, 3, 5, 8]])
@@ -102,7 +103,10 @@ def test_the_config_names_what_mlx_lm_reads_and_what_was_distilled(saved: Path, 
     assert config["num_layers"] == -1
     assert config["lora_parameters"] == {"rank": 3, "scale": 2.0, "dropout": 0.0}
     assert config["model"] == str(student_folder)
-    assert config["true_kd"] == {"temperature": 2.0, "seed": 0}
+    ours = config["true_kd"]
+    assert ours.pop("weights_sha256") == digest_file(saved / adapters.WEIGHTS)
+    assert len(ours.pop("check")) == 64
+    assert ours == {"temperature": 2.0, "seed": 0}
 
 
 def test_saving_again_gives_the_same_bytes(saved: Path, student_folder: Path, tmp_path: Path) -> None:
@@ -158,6 +162,116 @@ FAULTS = {
 def test_an_adapter_that_is_not_whole_is_refused(
     saved: Path, student_folder: Path, spoil: Callable[[Path], None]
 ) -> None:
+    spoil(saved)
+    with pytest.raises(CacheError, match="Distil it again"):
+        load_adapter(opened(student_folder), saved)
+
+
+@pytest.fixture
+def finished(saved: Path, student_folder: Path, tmp_path: Path) -> Path:
+    """The same adapter with a run's config beside it, as a finished domain has it."""
+    weights = mx.load(str(saved / adapters.WEIGHTS))
+    settings = {"temperature": 2.0, "learning_rate": 1.25e-5, "domain": "naïve"}
+    save_adapter(tmp_path / "finished", weights, KINDS["lora"], str(student_folder), settings, {"domains": ["a"]})
+    return tmp_path / "finished"
+
+
+def flipped(path: Path, places: Iterable[int], mask: int) -> Iterator[int]:
+    """Change bits of one byte of a file after the other; it is whole again in the end."""
+    content = path.read_bytes()
+    for at in places:
+        path.write_bytes(content[:at] + bytes([content[at] ^ mask]) + content[at + 1 :])
+        yield at
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("mask", [0x01, 0x80, 0xFF])
+def test_every_flipped_byte_of_a_config_is_noticed(finished: Path, student_folder: Path, mask: int) -> None:
+    module, config = opened(student_folder), finished / adapters.CONFIG
+    for _ in flipped(config, range(config.stat().st_size), mask):
+        with pytest.raises(CacheError, match="Distil it again"):
+            load_adapter(module, finished)
+    load_adapter(module, finished)
+
+
+@pytest.mark.parametrize("mask", [0x01, 0x80])
+def test_flipped_bytes_of_weights_are_noticed(finished: Path, student_folder: Path, mask: int) -> None:
+    module, weights = opened(student_folder), finished / adapters.WEIGHTS
+    size = weights.stat().st_size
+    for _ in flipped(weights, [*range(0, size, size // 100), size - 1], mask):
+        with pytest.raises(CacheError, match=r"adapters.safetensors is not what its config says.*Distil it again"):
+            load_adapter(module, finished)
+    load_adapter(module, finished)
+
+
+def test_weights_of_another_training_are_noticed(finished: Path, student_folder: Path) -> None:
+    """They have the same names and shapes, and mlx-lm would take them."""
+    weights = mx.load(str(finished / adapters.WEIGHTS))
+    mx.save_safetensors(str(finished / adapters.WEIGHTS), {name: 2 * value for name, value in weights.items()})
+    with pytest.raises(CacheError, match="is not what its config says"):
+        load_adapter(opened(student_folder), finished)
+
+
+def test_an_adapter_of_another_tool_bears_no_digests_and_is_taken(saved: Path, student_folder: Path) -> None:
+    config = json.loads((saved / adapters.CONFIG).read_text())
+    del config["true_kd"]
+    (saved / adapters.CONFIG).write_text(json.dumps(config))
+    module = opened(student_folder)
+    plain = logits_of(module)
+    load_adapter(module, saved)
+    assert not mx.allclose(logits_of(module), plain, rtol=0.05, atol=0.05)
+
+
+def test_an_adapter_whose_config_was_taken_by_another_tools_is_refused(finished: Path, student_folder: Path) -> None:
+    config = json.loads((finished / adapters.CONFIG).read_text())
+    del config["true_kd"]
+    (finished / adapters.CONFIG).write_text(json.dumps(config))
+    with pytest.raises(CacheError, match=r"adapter_config\.json is not what was written"):
+        load_adapter(opened(student_folder), finished)
+
+
+SAVE_WITHIN = """
+import resource, sys
+from pathlib import Path
+import mlx.core as mx
+from true_kd.adapters import WEIGHTS, save_adapter
+from true_kd.files import CannotWrite
+from true_kd.models import LoraOptions
+
+folder, limit, domain = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+weights = {name: value + 1 for name, value in mx.load(str(folder / WEIGHTS)).items()}
+mx.eval(weights)
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+try:
+    save_adapter(folder, weights, LoraOptions(rank=3), "student", {"domain": domain}, {"domains": ["b"]})
+except CannotWrite as error:
+    print(error)
+"""
+"""Saves another adapter where no file may be larger than a limit."""
+
+
+@pytest.mark.parametrize("refused", [adapters.WEIGHTS, adapters.CONFIG])
+def test_an_adapter_that_finds_no_room_leaves_the_old_one_as_it_was(
+    finished: Path, student_folder: Path, refused: str
+) -> None:
+    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+    size = len(before[adapters.WEIGHTS])
+    limit, domain = (size - 1, "b") if refused == adapters.WEIGHTS else (size, "b" * size)
+    command = [sys.executable, "-c", SAVE_WITHIN, str(finished), str(limit), domain]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"{finished / refused}: cannot be written (File too large: " in done.stdout
+    assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
+    load_adapter(opened(student_folder), finished)
+
+
+@pytest.mark.parametrize("spoil", FAULTS.values(), ids=FAULTS.keys())
+def test_an_adapter_that_bears_no_digests_and_is_not_whole_is_refused(
+    saved: Path, student_folder: Path, spoil: Callable[[Path], None]
+) -> None:
+    config = json.loads((saved / adapters.CONFIG).read_text())
+    del config["true_kd"]
+    (saved / adapters.CONFIG).write_text(json.dumps(config))
     spoil(saved)
     with pytest.raises(CacheError, match="Distil it again"):
         load_adapter(opened(student_folder), saved)

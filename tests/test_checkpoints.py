@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import CodeType, FrameType
 from typing import Any
 
 import mlx.core as mx
@@ -20,18 +22,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_pipeline import SCORED, WEIGHTS, Place, files_of, plan_of
 
-from true_kd import events
+from true_kd import events, stopping
 from true_kd.adapters import checkpoints, load_adapter, save_adapter
-from true_kd.checkpoints import RECORD, STATE, Progress, drop_states, find_checkpoint
+from true_kd.checkpoints import RECORD, STATE, Progress, drop_states, find_start
 from true_kd.datasets import build_data
-from true_kd.evaluation import EvalMetrics
+from true_kd.evaluation import EvalMetrics, evaluate
+from true_kd.files import CHECK, read_record, write_record
 from true_kd.models import LoraOptions, ModelOptions, add_lora, open_model, trainable
 from true_kd.pipeline import distill
 from true_kd.reporting import Validation
 from true_kd.training import train
 
 STEADY = {"iters": 12, "validate_every": 3, "checkpoint_every": 4, "learning_rate": 0.01}
-ROOT_FILES = {WEIGHTS, "adapter_config.json", "kd_metrics.json", "run.json"}
+CONFIG = "adapter_config.json"
+ROOT_FILES = {WEIGHTS, CONFIG, "kd_metrics.json", "run.json"}
 
 
 def lay_out(root: Path, teacher: Path, student: Path) -> Place:
@@ -203,8 +207,6 @@ def test_a_run_that_is_killed_anywhere_ends_as_if_it_had_not_been(
         assert process.wait() == -signal.SIGKILL
     assert not (place.out / "a" / "kd_metrics.json").exists()
     monkeypatch.chdir(place.root)
-    for temporary in (place.out / "a").glob(".tmp-*"):
-        temporary.unlink()
     ended = cli(*COMMAND)
     assert (ended.code, ended.err) == (0, "")
     told = f"a: goes on from the checkpoint of iteration {reached}"
@@ -303,6 +305,121 @@ def test_a_stopped_run_goes_on_exactly_whatever_its_options(
     }
 
 
+# Signals
+
+
+@contextlib.contextmanager
+def signalled(is_place: Callable[[CodeType], bool], count: int) -> Iterator[list[int]]:
+    """Ctrl-C at the so-manieth call of the functions that are meant; gives the number of calls that is still missing.
+
+    A generator is called each time that it goes on.
+    """
+    left = [count]
+
+    def watch(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and is_place(frame.f_code):
+            left[0] -= 1
+            if left[0] == 0:
+                signal.raise_signal(signal.SIGINT)
+
+    before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
+    stopping.listen()
+    sys.setprofile(watch)
+    try:
+        yield left
+    finally:
+        sys.setprofile(None)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def left_by_signal(place: Place) -> dict[int, bool]:
+    """The checkpoints that can be gone on from, and whether each is one that any run writes."""
+    found = checkpoints(place.out / "a")
+    records = {iteration: read_record(folder / RECORD) for iteration, folder in found.items()}
+    return {iteration: record["scheduled"] for iteration, record in records.items() if record}
+
+
+SIGNALS = {
+    "in its first step": (train, 1, 1),
+    "in a step": (train, 6, 6),
+    "in a step that a checkpoint follows": (train, 8, 8),
+    "in its last step": (train, 12, 12),
+    "in its first validation": (evaluate, 1, 3),
+    "in a validation": (evaluate, 3, 9),
+    "in its last validation": (evaluate, 4, 12),
+}
+
+
+@pytest.mark.parametrize(("function", "count", "reached"), SIGNALS.values(), ids=SIGNALS.keys())
+def test_a_run_that_a_signal_stops_keeps_every_step_and_ends_as_if_it_had_not_been(
+    function: Callable[..., Any], count: int, reached: int, whole: Whole, tmp_path: Path
+) -> None:
+    place = whole.again(tmp_path)
+    with pytest.raises(stopping.Stopped), signalled(lambda code: code is function.__code__, count):
+        place.run("a")
+    kept = left_by_signal(place)
+    assert max(kept) == reached
+    assert [iteration for iteration, scheduled in kept.items() if not scheduled] == [reached] * (reached % 4 > 0)
+    assert made(place) == reached
+    whole.assert_repeated(place)
+
+
+def test_a_run_that_a_signal_stops_in_the_validation_that_ends_it_keeps_its_last_checkpoint(
+    patient: Whole, tmp_path: Path
+) -> None:
+    place, last = patient.again(tmp_path), len(patient.result.steps)
+    with pytest.raises(stopping.Stopped), signalled(lambda code: code is evaluate.__code__, last):
+        place.run("a")
+    assert last % STEADY["checkpoint_every"] > 0
+    assert left_by_signal(place)[last] is False, "whether it is the last is not known before it is validated"
+    assert made(place) == last
+    patient.assert_repeated(place)
+
+
+@pytest.mark.slow
+def test_a_run_that_signals_stop_at_every_step_ends_as_if_it_had_not_been(whole: Whole, tmp_path: Path) -> None:
+    place = whole.again(tmp_path)
+    for step in range(1, 13):
+        # The first call of a run that goes on makes its first step.
+        with pytest.raises(stopping.Stopped), signalled(lambda code: code is train.__code__, 1):
+            place.run("a")
+        assert max(left_by_signal(place)) == step
+    assert made(place) == 12
+    whole.assert_repeated(place)
+
+
+@pytest.mark.slow
+def test_a_run_that_a_signal_stops_anywhere_in_our_code_ends_as_if_it_had_not_been(
+    whole: Whole, tmp_path: Path
+) -> None:
+    short = {"training__iters": 3, "training__checkpoint_every": 2, "training__validate_every": 1}
+    rooms = tuple(f"true_kd/{name}.py" for name in ("arms", "checkpoints", "adapters", "files", "training", "student"))
+
+    def is_ours(code: CodeType) -> bool:
+        return code.co_filename.endswith(rooms)
+
+    expected = whole.again(tmp_path / "expected")
+    with signalled(is_ours, 10**9) as left:
+        expected.run("a", **short)
+    calls = 10**9 - left[0]
+    files = files_of(expected.out / "a")
+    assert calls > 200
+    reached = set()
+    for count in range(calls // 24, calls, calls // 12):
+        place = whole.again(tmp_path / str(count))
+        with pytest.raises(stopping.Stopped), signalled(is_ours, count):
+            place.run("a", **short)
+        reached.add(max(left_by_signal(place), default=0))
+        place.run("a", **short)
+        found = files_of(place.out / "a")
+        assert found.keys() == files.keys(), count
+        for name, content in files.items():
+            assert content == found[name] or name in ("kd_metrics.json", "run.json"), (count, name)
+        assert repeatable(found) == repeatable(files), count
+    assert reached == {0, 1, 2, 3}
+
+
 def test_a_second_domain_is_stopped_and_goes_on_alone(whole: Whole, tmp_path: Path) -> None:
     place = whole.again(tmp_path)
     place.write("b")
@@ -368,8 +485,6 @@ def test_a_run_that_was_killed_when_patience_had_ended_makes_no_step_more(patien
     place = patient.again(tmp_path)
     with spawn(place, "-c", KILLED_BEFORE, "a/kd_metrics.json", *COMMAND) as process:
         assert process.wait() == -signal.SIGKILL
-    for temporary in (place.out / "a").glob(".tmp-*"):
-        temporary.unlink()
     assert made(place) == len(patient.result.steps)
     patient.assert_repeated(place)
 
@@ -434,15 +549,10 @@ def test_a_run_is_over_when_all_its_steps_are_made(whole: Whole) -> None:
 
 @pytest.fixture(scope="module")
 def halfway(whole: Whole, tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """A run that was stopped with two whole checkpoints: the second was being made, and the first not thinned out."""
+    """A run that was stopped with two whole checkpoints."""
     place = whole.again(tmp_path_factory.mktemp("halfway"))
-    stop_at(place, 5)
-    first = place.out / "a" / "checkpoint_4"
-    kept = {name: (first / name).read_bytes() for name in (RECORD, STATE)}
     stop_at(place, 9)
-    assert states(place.out / "a") == {f"checkpoint_8/{name}" for name in (RECORD, STATE)}, "the newest alone"
-    for name, content in kept.items():
-        (first / name).write_bytes(content)
+    assert states(place.out / "a") == {f"checkpoint_{at}/{name}" for at in (4, 8) for name in (RECORD, STATE)}
     return place
 
 
@@ -455,9 +565,22 @@ def stopped(halfway: Place, whole: Whole, tmp_path: Path) -> Place:
 
 
 def edit(**changes: Any) -> Callable[[Path], None]:
+    """Another value in a record, which then is not what was written."""
+
     def change(folder: Path) -> None:
         record = json.loads((folder / RECORD).read_text())
         (folder / RECORD).write_text(json.dumps({**record, **changes}))
+
+    return change
+
+
+def forge(**changes: Any) -> Callable[[Path], None]:
+    """Another value in a record, and the digest that goes with it."""
+
+    def change(folder: Path) -> None:
+        record = json.loads((folder / RECORD).read_text())
+        del record[CHECK]
+        write_record(folder / RECORD, {**record, **changes})
 
     return change
 
@@ -470,8 +593,7 @@ def cut(name: str) -> Callable[[Path], None]:
 
 
 def forget_a_step(folder: Path) -> None:
-    record = json.loads((folder / RECORD).read_text())
-    (folder / RECORD).write_text(json.dumps({**record, "steps": record["steps"][:-1]}))
+    forge(steps=json.loads((folder / RECORD).read_text())["steps"][:-1])(folder)
 
 
 def link(folder: Path) -> None:
@@ -491,38 +613,147 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "another state": lambda folder: (folder / STATE).write_bytes((folder / WEIGHTS).read_bytes()),
     "half an adapter": cut(WEIGHTS),
     "no adapter": lambda folder: (folder / WEIGHTS).unlink(),
-    "no record": lambda folder: (folder / RECORD).unlink(),
+    "no config": lambda folder: (folder / CONFIG).unlink(),
+    "a folder for a record": lambda folder: fold_up(folder),
     "half a record": cut(RECORD),
     "an empty record": lambda folder: (folder / RECORD).write_bytes(b""),
     "a record of noise": lambda folder: (folder / RECORD).write_bytes(bytes(range(256))),
+    "a record of depth": lambda folder: (folder / RECORD).write_text("[" * 100_000),
     "a list for a record": lambda folder: (folder / RECORD).write_text("[]"),
-    "a record of another run": edit(run_digest="0" * 64),
-    "a record of another format": edit(format=0),
-    "a record without digests": edit(sha256=None),
-    "a record of words": edit(steps="many"),
-    "a record of other steps": edit(steps=[{"iteration": 1}]),
+    "a record with another run's digest": edit(run_digest="0" * 64),
+    "a record with another format's number": edit(format=0),
+    "a record without a digest": edit(**{CHECK: None}),
+    "a record without digests": forge(sha256=None),
+    "a record of words": forge(steps="many"),
+    "a record of other steps": forge(steps=[{"iteration": 1}]),
     "a record that forgot a step": forget_a_step,
-    "a record of no validations": edit(validations=None),
+    "a record of no validations": forge(validations=None),
+}
+"""What can be wrong with a checkpoint of this run."""
+
+STRANGERS: dict[str, Callable[[Path], object]] = {
+    "no record": lambda folder: (folder / RECORD).unlink(),
+    "a record of another run": forge(run_digest="0" * 64),
+    "a record of another format": forge(format=0),
     "a link": link,
     "an empty folder": lambda folder: [file.unlink() for file in folder.iterdir()],
     "a folder that is gone": shutil.rmtree,
 }
+"""What is no checkpoint of this run."""
+
+
+def look_twice(change: Callable[[Path], object], folder: Path) -> tuple[list[int], list[list[str]]]:
+    """The iterations that a run would go on from as its checkpoints 8 and 4 are changed, and the damaged ones."""
+    digest = json.loads((folder / "checkpoint_8" / RECORD).read_text())["run_digest"]
+    found = [find_start(folder, digest)]
+    for iteration in (8, 4):
+        change(folder / f"checkpoint_{iteration}")
+        found.append(find_start(folder, digest))
+    return [start.made for start in found], [[told.partition(": ")[0] for told in start.damaged] for start in found]
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
-def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(damage: Callable[[Path], object], stopped: Place) -> None:
+def test_a_damaged_checkpoint_is_told_of_and_passed_over_for_an_older_one(
+    damage: Callable[[Path], object], stopped: Place
+) -> None:
+    made, damaged = look_twice(damage, stopped.out / "a")
+    assert made == [8, 4, 0]
+    assert damaged == [[], ["checkpoint_8"], ["checkpoint_8", "checkpoint_4"]]
+
+
+@pytest.mark.parametrize("change", STRANGERS.values(), ids=STRANGERS.keys())
+def test_what_is_no_checkpoint_of_this_run_is_passed_over_without_a_word(
+    change: Callable[[Path], object], stopped: Place
+) -> None:
+    assert look_twice(change, stopped.out / "a") == ([8, 4, 0], [[], [], []])
+
+
+def flip(path: Path, at: int, mask: int = 0xFF) -> None:
+    """Change bits of one byte of a file."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= mask
+    path.write_bytes(content)
+
+
+def spread(path: Path, count: int) -> list[int]:
+    """Places in a file, from its first byte to its last."""
+    return [int(at) for at in np.linspace(0, path.stat().st_size - 1, count)]
+
+
+def test_every_flipped_byte_of_a_record_is_noticed(stopped: Place) -> None:
+    record = stopped.out / "a" / "checkpoint_8" / RECORD
+    content, value = record.read_bytes(), read_record(record)
+    same = 0
+    for at in range(len(content)):
+        for mask in (0x01, 0xFF):
+            record.write_bytes(content[:at] + bytes([content[at] ^ mask]) + content[at + 1 :])
+            try:
+                found = read_record(record)
+            except ValueError:
+                continue
+            # The last of 17 digits may say the same number.
+            assert (found, mask) == (value, 0x01)
+            same += 1
+    assert same < 100
+
+
+@pytest.mark.parametrize("name", [RECORD, STATE, WEIGHTS, CONFIG])
+def test_a_flipped_byte_of_any_file_of_a_checkpoint_is_noticed_wherever_it_is(name: str, stopped: Place) -> None:
     folder = stopped.out / "a"
     digest = json.loads((folder / "checkpoint_8" / RECORD).read_text())["run_digest"]
-    found = [find_checkpoint(folder, digest)]
-    for iteration in (8, 4):
-        damage(folder / f"checkpoint_{iteration}")
-        found.append(find_checkpoint(folder, digest))
-    assert [checkpoint and checkpoint.progress.iteration for checkpoint in found] == [8, 4, None]
+    path = folder / "checkpoint_8" / name
+    for at in spread(path, 25):
+        flip(path, at)
+        start = find_start(folder, digest)
+        assert (start.made, len(start.damaged)) == (4, 1), at
+        assert name in start.damaged[0]
+        flip(path, at)
+        assert find_start(folder, digest).made == 8
 
 
-@pytest.mark.parametrize("kind", ["half a state", "no adapter", "a record of noise", "a link", "an empty folder"])
+@pytest.mark.parametrize("name", [RECORD, STATE, WEIGHTS, CONFIG])
+def test_a_run_with_a_flipped_byte_in_its_newest_checkpoint_says_so_and_ends_as_it_should(
+    name: str, stopped: Place, whole: Whole
+) -> None:
+    path = stopped.out / "a" / "checkpoint_8" / name
+    flip(path, path.stat().st_size // 2, 0x10)
+    run = stopped.run("a")
+    [told] = run.of(events.CheckpointsDamaged)
+    assert (told.domain, told.made, [each.partition(":")[0] for each in told.damaged]) == ("a", 4, ["checkpoint_8"])
+    assert [event.made for event in run.of(events.TrainingStarted)] == [4]
+    assert run.of(events.CheckpointsReplaced) == []
+    whole.assert_repeated(stopped)
+
+
+def test_a_run_with_whole_checkpoints_speaks_of_no_damage(stopped: Place) -> None:
+    run = stopped.run("a")
+    assert (
+        run.of(events.CheckpointsDamaged) == run.of(events.AdapterDamaged) == run.of(events.CheckpointsReplaced) == []
+    )
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG, "kd_metrics.json"])
+def test_a_finished_domain_with_a_flipped_byte_is_told_of_and_distilled_again_to_the_same_bytes(
+    name: str, whole: Whole, tmp_path: Path
+) -> None:
+    place = whole.again(tmp_path)
+    shutil.copytree(whole.place.out, place.out)
+    assert place.run("a").results["a"].unchanged
+    path = place.out / "a" / name
+    flip(path, path.stat().st_size // 2)
+    run = place.run("a")
+    [told] = run.of(events.AdapterDamaged)
+    assert (told.domain, told.folder) == ("a", str(place.out / "a"))
+    assert name in told.damage
+    assert run.captured_tokens == {"a": 0}, "the teacher is not asked again"
+    whole.assert_repeated(place)
+
+
+@pytest.mark.parametrize(
+    "kind", ["half a state", "no adapter", "a record of noise", "a folder for a record", "an empty folder"]
+)
 def test_a_run_with_a_damaged_checkpoint_ends_as_it_should(kind: str, stopped: Place, whole: Whole) -> None:
-    DAMAGES[kind](stopped.out / "a" / "checkpoint_8")
+    (DAMAGES | STRANGERS)[kind](stopped.out / "a" / "checkpoint_8")
     assert made(stopped) == 4
     assert stopped.weights() == whole.files[WEIGHTS]
     assert repeatable(files_of(stopped.out / "a")) == repeatable(whole.files)
@@ -640,19 +871,20 @@ def test_checkpoints_beyond_the_one_gone_on_from_are_removed_when_training_begin
 def test_a_finished_domain_keeps_adapters_and_no_state(whole: Whole) -> None:
     assert states(whole.place.out / "a") == set()
     folders = {f"checkpoint_{iteration}" for iteration in range(4, 13, 4)}
-    adapter = {f"{folder}/{name}" for folder in folders for name in (WEIGHTS, "adapter_config.json")}
+    adapter = {f"{folder}/{name}" for folder in folders for name in (WEIGHTS, CONFIG)}
     assert whole.files.keys() == adapter | ROOT_FILES
 
 
-def test_only_the_newest_checkpoint_keeps_its_state(whole: Whole, tmp_path: Path) -> None:
+def test_only_the_newest_two_checkpoints_keep_their_states(whole: Whole, tmp_path: Path) -> None:
     place = whole.again(tmp_path)
     seen = set()
-    for event in place.start("a"):
-        if isinstance(event, events.Stepped) and event.step.iteration > 4:
-            newest = (event.step.iteration - 1) // 4 * 4
-            assert states(place.out / "a") == {f"checkpoint_{newest}/{name}" for name in (RECORD, STATE)}
+    for event in place.start("a", training__iters=16, training__checkpoint_every=3):
+        if isinstance(event, events.Stepped):
+            newest = (event.step.iteration - 1) // 3 * 3
+            kept = {at for at in (newest - 3, newest) if at > 0}
+            assert states(place.out / "a") == {f"checkpoint_{at}/{name}" for at in kept for name in (RECORD, STATE)}
             seen.add(newest)
-    assert seen == {4, 8}
+    assert seen == {0, 3, 6, 9, 12, 15}
 
 
 def test_dropping_states_leaves_the_adapters(stopped: Place) -> None:

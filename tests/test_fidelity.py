@@ -21,13 +21,14 @@ from test_pipeline import WEIGHTS, Place, Run, files_of
 
 from true_kd import events
 from true_kd.batching import collate
-from true_kd.cache import SHARD
 from true_kd.errors import PoorTargetsError
 from true_kd.evaluation import evaluate
 from true_kd.examples import Example
 from true_kd.fidelity import Fidelity, FidelityOptions, Position, certify
+from true_kd.files import read_record, write_record
 from true_kd.losses import Divergence, ForwardKL, LossOptions, Objective, compute_kd_loss
 from true_kd.losses.divergences import JensenShannon, ReverseKL, SkewedReverseKL
+from true_kd.manifest import SHARD
 from true_kd.models import LoraOptions, ModelOptions, add_lora, open_model
 from true_kd.reporting import read_result
 from true_kd.targets import HiddenTargets, SparseTargets, TargetOptions, TargetSettings, TeacherHead, encode
@@ -551,9 +552,9 @@ def test_the_certificate_is_in_the_metrics_and_the_summary(finished: tuple[Place
 def test_metrics_of_a_version_without_certificates_are_read(finished: tuple[Place, Run], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(finished[0].out / "a", tmp_path / "a"))
     result = read_result(folder)
-    record = json.loads((folder / "kd_metrics.json").read_text())
+    record = read_record(folder / "kd_metrics.json")
     del record["result"]["fidelity"], record["result"]["data"]["cache_tokens"]
-    (folder / "kd_metrics.json").write_text(json.dumps(record))
+    write_record(folder / "kd_metrics.json", record)
     assert read_result(folder) == replace(result, fidelity=None, data=replace(result.data, cache_tokens=0))
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,16 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from true_kd.errors import CacheError
-from true_kd.files import write_atomic, write_json
-from true_kd.models import LoraOptions, attach_adapter, lora_parameters
+from true_kd.files import CHECK, check_value, digest_file, discard, remove, save_tensors, staging
+from true_kd.models import LoraOptions, attach_adapter, check_safetensors, lora_parameters
 
 WEIGHTS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
 METRICS = "kd_metrics.json"
 RUN = "run.json"
 SUMMARY = "kd_summary.json"
+OURS = "true_kd"
+"""The key of an adapter's config under which true-kd's own facts are, which mlx-lm passes over."""
 REPORT = "report.html"
 CONTROL = "control_sft"
 """Folder inside that of a domain: the adapter of the control, with the files of a domain of its own."""
@@ -48,24 +50,77 @@ def remove_checkpoints(folder: Path, after: int) -> None:
     """Delete the checkpoint folders of iterations beyond `after`."""
     for iteration, path in checkpoints(folder).items():
         if iteration > after:
-            shutil.rmtree(path, ignore_errors=True)
+            discard(path)
 
 
 def save_adapter(
-    folder: Path, weights: Mapping[str, mx.array], lora: LoraOptions, student: str, settings: Mapping[str, Any]
+    folder: Path,
+    weights: Mapping[str, mx.array],
+    lora: LoraOptions,
+    student: str,
+    settings: Mapping[str, Any],
+    run: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write weights and config; `settings` are the KD settings that the config carries besides mlx-lm's own keys."""
+    """Write weights and config, which bears the digests of both: one without its own other is noticed.
+
+    All of it is on the disk before any of it takes its name, so that a full disk leaves what was there.
+
+    Parameters
+    ----------
+    settings
+        the KD settings that the config carries besides mlx-lm's own keys.
+    run
+        the resolved config of the run, to lie beside them; None for none.
+    """
     mx.eval(list(weights.values()))
+    # By name, as the file depends on the order: the same adapter is the same bytes.
+    arrays = dict(sorted(weights.items()))
     config = {
         "fine_tune_type": lora.type,
         "num_layers": lora.num_layers,
         "lora_parameters": lora_parameters(lora),
         "model": student,
-        "true_kd": dict(settings),
     }
-    write_json(folder / CONFIG, config)
-    # By name, as the file depends on the order: the same adapter is the same bytes.
-    write_atomic(folder / WEIGHTS, lambda path: mx.save_safetensors(str(path), dict(sorted(weights.items()))))
+    with staging(folder, last=WEIGHTS) as stage:
+        need = sum(array.nbytes for array in arrays.values())
+        staged = stage.write(WEIGHTS, lambda path: save_tensors(path, arrays), need)
+        config[OURS] = {**settings, _SHA256: digest_file(staged)}
+        if run is not None:
+            stage.write_json(RUN, run)
+        config[OURS][CHECK] = check_value(config)
+        stage.write_json(CONFIG, config)
+        if not _is_alike(folder, config):
+            # mlx-lm would take old weights for those of a config that means others.
+            remove(folder / WEIGHTS)
+
+
+_SHA256 = "weights_sha256"
+
+
+def _is_alike(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether the weights in a folder mean the same under another config."""
+    old = read_json(folder / CONFIG)
+    return isinstance(old, dict) and {**old, OURS: None} == {**config, OURS: None}
+
+
+def check_adapter(folder: Path) -> None:
+    """Compare an adapter of ours with the digests that it bears; one of another tool's bears none.
+
+    Raises
+    ------
+    ValueError
+        when a file of it is missing, damaged or another's.
+    """
+    config = read_json(folder / CONFIG)
+    ours = config.get(OURS) if isinstance(config, dict) else None
+    if ours is None and config is not None and not (folder / RUN).exists():
+        return
+    if not isinstance(ours, dict):
+        raise ValueError(f"{CONFIG} is not what was written")
+    if ours.pop(CHECK, None) != check_value(config):
+        raise ValueError(f"{CONFIG} is not what was written")
+    if not (folder / WEIGHTS).is_file() or ours.get(_SHA256) != digest_file(folder / WEIGHTS):
+        raise ValueError(f"{WEIGHTS} is not what its config says")
 
 
 def load_adapter(module: nn.Module, folder: Path) -> None:
@@ -74,9 +129,11 @@ def load_adapter(module: nn.Module, folder: Path) -> None:
     Raises
     ------
     CacheError
-        when the folder's tensors are not exactly those its config describes; mlx-lm itself takes a part silently.
+        when a file has changed since it was written, or the folder's tensors are not exactly those its config
+        describes; mlx-lm itself takes a part silently.
     """
     try:
+        check_adapter(folder)
         found, expected = attach_adapter(module, folder, WEIGHTS)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise CacheError(f"{folder}: not an adapter of this student ({error}). Distil it again.") from error
@@ -89,8 +146,8 @@ def load_adapter(module: nn.Module, folder: Path) -> None:
 
 
 def count_parameters(weights: Path) -> int:
-    """Numbers in an adapter's file."""
-    return sum(array.size for array in mx.load(str(weights)).values())
+    """Numbers in an adapter's file; ValueError where it is damaged."""
+    return sum(math.prod(shape) for shape in check_safetensors(weights).values())
 
 
 def read_json(path: Path) -> Any:

@@ -10,9 +10,9 @@ import mlx.core as mx
 import numpy as np
 
 from true_kd import adapters, events, reporting
-from true_kd.arms import Clock, Trained, find_start, train_arm, write_run
+from true_kd.arms import Clock, Trained, find_job_start, train_arm, write_run
 from true_kd.backend import versions
-from true_kd.checkpoints import Checkpoint, drop_states
+from true_kd.checkpoints import Start, clean_up
 from true_kd.datasets import DomainData, build_data
 from true_kd.errors import InputError
 from true_kd.evaluation import EvalMetrics, evaluate, exact_match, measure
@@ -44,7 +44,7 @@ def distill_student(job: Job) -> Generator[events.Event, None, KDResult]:
     earlier = None if config.fresh else reporting.read_result(job.folder, job.run_digest)
     student = open_model(config.student, "student")
     data = build_data(job, student)
-    start = None if earlier else find_start(job)
+    start = Start() if earlier else find_job_start(job)
     if earlier is None:
         yield from _announce(job, data, start)
     clock = Clock()
@@ -120,7 +120,7 @@ def _write(job: Job, result: KDResult) -> None:
     """The record of a finished domain, and the settings that it was measured by."""
     write_run(job)
     reporting.write_result(job.folder, result, job.run_digest, job.proof_digest)
-    drop_states(job.folder)
+    clean_up(job.folder)
 
 
 @dataclass(frozen=True)
@@ -133,11 +133,14 @@ class _Base:
     headroom: Headroom
 
 
-def _announce(job: Job, data: DomainData, start: Checkpoint | None) -> Generator[events.Event, None, None]:
-    if not (start or job.config.fresh) and (others := adapters.checkpoints(job.folder)):
+def _announce(job: Job, data: DomainData, start: Start) -> Generator[events.Event, None, None]:
+    if not job.config.fresh and (wrong := reporting.find_damage(job.folder, job.run_digest)):
+        yield events.AdapterDamaged(job.label, str(job.folder), wrong)
+    if start.damaged:
+        yield events.CheckpointsDamaged(job.label, start.damaged, start.made)
+    elif not (start.made or job.config.fresh) and (others := adapters.checkpoints(job.folder)):
         yield events.CheckpointsReplaced(job.label, max(others))
-    made = start.progress.iteration if start else 0
-    yield events.TrainingStarted(job.label, job.config.training.iters, data.counts, made)
+    yield events.TrainingStarted(job.label, job.config.training.iters, data.counts, start.made)
 
 
 def _measure_base(job: Job, student: LanguageModel, data: DomainData) -> _Base:
@@ -197,7 +200,7 @@ def _train_control(control: Job) -> Generator[events.Event, None, KDResult]:
     final, batch_size = control.config.losses.final, control.config.training.batch_size
     student = open_model(control.config.student, "student")
     data = build_data(control, student)
-    start = find_start(control)
+    start = find_job_start(control)
     yield from _announce(control, data, start)
     clock = Clock()
     before = Validation(0, evaluate(student.module, data.valid, final, batch_size))
@@ -211,7 +214,7 @@ def _train_control(control: Job) -> Generator[events.Event, None, KDResult]:
     clock.stop("evaluation")
     result = _result(control, before, after, data, trained, clock)
     reporting.write_result(control.folder, result, control.run_digest)
-    drop_states(control.folder)
+    clean_up(control.folder)
     return result
 
 
@@ -221,6 +224,7 @@ def _measure_adapter(job: Job, base: _Base, judge: Job | None = None) -> Measure
     adapted = open_model(config.student, "student")
     adapters.load_adapter(adapted.module, job.folder)
     scores = measure(adapted.module, base.data.valid, config.losses.final, config.training.batch_size)
+    check_sound(scores, f"adapter {quote(str(job.folder))}", "Distil it again.")
     weights = job.folder / adapters.WEIGHTS
     size = ModelSize(
         parameters=(base.measured.size.parameters or 0) + adapters.count_parameters(weights),

@@ -70,7 +70,7 @@ def proof_table(domain: str, proof: Proof) -> Table:
     table = _table(domain, *shown)
     rows: dict[str, Callable[[ModelScores], str]] = {
         "KL to the teacher, nats": lambda model: _spread(model.kl, ".3f"),
-        "perplexity": lambda model: _spread(model.perplexity, ".3f"),
+        "perplexity": lambda model: _perplexity(model.perplexity),
         "top-1 agreement": lambda model: interval(model.top1_agreement),
         "top-5 agreement": lambda model: interval(model.top5_agreement),
         "exact match": lambda model: interval(model.exact_match),
@@ -147,6 +147,10 @@ def _spread(estimate: Estimate, form: str) -> str:
     if estimate.low is None or estimate.high is None:
         return f"{estimate.value:{form}}"
     return f"{estimate.value:{form}} ({estimate.low:{form}} to {estimate.high:{form}})"
+
+
+def _perplexity(estimate: Estimate | None) -> str:
+    return "over 10^6" if estimate is None or estimate.value > 1e6 else _spread(estimate, ".3f")
 
 
 def _lead(lead: Lead) -> str:

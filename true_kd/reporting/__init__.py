@@ -3,7 +3,7 @@
 `KDResult` is the same record in Python; it is what the files are written from and read back into.
 """
 
-from true_kd.reporting.metrics import FORMAT, read_result, write_result
+from true_kd.reporting.metrics import FORMAT, find_damage, read_result, write_result
 from true_kd.reporting.records import DataCounts, KDResult, Validation
 from true_kd.reporting.summary import (
     DomainSummary,
@@ -25,6 +25,7 @@ __all__ = [
     "PeakMemory",
     "Summary",
     "Validation",
+    "find_damage",
     "now",
     "peak_memory",
     "read_result",

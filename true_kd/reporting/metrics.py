@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from true_kd import adapters
-from true_kd.files import digest_file, write_json
+from true_kd.files import digest_file, read_record, write_record
 from true_kd.reporting.records import KDResult
 from true_kd.training import StepMetrics
 
@@ -30,7 +30,7 @@ def write_result(folder: Path, result: KDResult, run_digest: str, proof_digest: 
         "timings": _columns(result.steps, StepMetrics.MEASURED),
     }
     del record["result"]["steps"], record["result"]["unchanged"]
-    write_json(folder / adapters.METRICS, record)
+    write_record(folder / adapters.METRICS, record)
 
 
 def read_result(folder: Path, run_digest: str | None = None, proof_digest: str | None = None) -> KDResult | None:
@@ -38,8 +38,11 @@ def read_result(folder: Path, run_digest: str | None = None, proof_digest: str |
 
     Digests that are None are not compared.
     """
-    record = adapters.read_json(folder / adapters.METRICS)
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
+    try:
+        record = read_record(folder / adapters.METRICS)
+    except ValueError:
+        return None
+    if record is None or record.get("format") != FORMAT:
         return None
     for name, expected in (("run_digest", run_digest), ("proof_digest", proof_digest)):
         if expected is not None and record.get(name) != expected:
@@ -55,6 +58,21 @@ def read_result(folder: Path, run_digest: str | None = None, proof_digest: str |
     except (ValidationError, KeyError, ValueError, TypeError, AttributeError):
         return None
     return replace(result, unchanged=True, adapter_path=str(folder))
+
+
+def find_damage(folder: Path, run_digest: str) -> str | None:
+    """What is wrong with what this run left in a domain's folder when it was finished; None where nothing is."""
+    try:
+        record = read_record(folder / adapters.METRICS)
+    except ValueError as error:
+        return str(error)
+    if record is None or record.get("format") != FORMAT or record.get("run_digest") != run_digest:
+        return None
+    if not isinstance(written := record.get("sha256"), dict):
+        return f"{adapters.METRICS} is not what was written"
+    found = _digests(folder)
+    changed = [name for name, expected in written.items() if found.get(name) != expected]
+    return f"{changed[0]} is not what was written" if changed else None
 
 
 def _digests(folder: Path) -> dict[str, str]:

@@ -33,11 +33,11 @@ class DataCounts:
     train_tokens: int
     """Prompt and response tokens, once through the data."""
     truncated: int
-    """Training examples whose response was cut at training.max_seq_length."""
+    """Examples, training and held out, whose response was cut at training.max_seq_length."""
     dropped: int
-    """Examples left out: prompt too long, or a reply that the student's vocabulary cannot write."""
+    """Examples of both kinds left out: prompt too long, or a reply that the student's vocabulary cannot write."""
     cut_replies: int
-    """Replies that reached capture.max_tokens without ending."""
+    """Replies of all prompts, those left out included, that reached capture.max_tokens without ending."""
     differing_ids: int
     """Ids that stand for different tokens in teacher and student; 0 under vocab_strategy match."""
     cache_bytes: int
