@@ -93,7 +93,8 @@ def measure(config: Path, domain: str, temperature: float, seed: int, names: lis
     for name in names:
         job = plan_job(config, domain, cache, SETTINGS[name], temperature, seed)
         student = open_model(job.config.student, "student")
-        data, size = captured_data(job, Teacher(job.config.teacher), student)
+        teacher = Teacher(job.config.teacher, job.config.cache_folder)
+        data, size = captured_data(job, teacher, student)
         judge = judge or data.valid
         import mlx.core as mx
 

@@ -150,6 +150,8 @@ def distill(arguments: argparse.Namespace, stopwatch: Stopwatch) -> None:
     with tempfile.TemporaryDirectory() as folder:
         overrides = [Override(f"--{name}", (name,), str(Path(folder, name))) for name in ("out", "cache")]
         overrides.append(Override("--control", ("control",), "none"))
+        # What is timed has to be in this process.
+        overrides.append(Override("--set", ("isolate",), False))
         overrides += [Override("--set", *parse_override(text)) for text in arguments.set]
         planned, failures = jobs.plan(arguments.config, [arguments.domain], overrides)
         for event in pipeline.distill(planned, failures):

@@ -295,7 +295,10 @@ def test_an_adapter_that_brought_nothing_is_told(loss: float) -> None:
 def test_what_was_cut_or_dropped_is_told_when_training_starts() -> None:
     counts = replace(COUNTS, truncated=2, dropped=3, cut_replies=4)
     second = shown(events.TrainingStarted("cats", 20, counts)).splitlines()[1]
-    assert second == ("cats: 4 replies cut at capture.max_tokens, 2 cut at training.max_seq_length, 3 examples dropped")
+    assert second == (
+        "cats: 4 of 13 replies cut at capture.max_tokens, 2 of 10 examples cut at training.max_seq_length, 3 of 13 "
+        "prompts dropped (no room for a reply, or tokens that the student lacks)"
+    )
 
 
 @pytest.mark.parametrize(("iters", "lines"), [(1, 1), (2, 2), (10, 10), (200, 11), (12345, 11)])

@@ -28,7 +28,14 @@ LONG = ["the cat sat on the mat " * 20, "hello to the world " * 20]
 @pytest.fixture
 def config(tmp_path: Path) -> KDConfig:
     return KDConfig(
-        iters=2, learning_rate=0.01, rank=2, max_seq_length=60, out=str(tmp_path / "out"), capture={"max_tokens": 4}
+        iters=2,
+        learning_rate=0.01,
+        rank=2,
+        max_seq_length=60,
+        out=str(tmp_path / "out"),
+        capture={"max_tokens": 4},
+        # Three seconds a process; tests/test_apart.py is where they are apart.
+        isolate=False,
     )
 
 

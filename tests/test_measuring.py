@@ -14,11 +14,11 @@ from test_pipeline import EXACT, SLACK, WEIGHTS, Place, active_memory, files_of,
 
 from true_kd import events
 from true_kd.adapters import CONTROL
-from true_kd.cache import SHARD, read_manifest
 from true_kd.config import Override
 from true_kd.errors import InputError, LockedError, ModelError, VocabularyError
 from true_kd.gate import Headroom, ParentComparison
 from true_kd.jobs import plan
+from true_kd.manifest import SHARD, read_manifest
 from true_kd.pipeline import analyze, evaluate
 from true_kd.proof import Proof
 

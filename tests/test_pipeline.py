@@ -52,6 +52,8 @@ class Place:
             "evaluation": {"speed_tokens": 0},
             # Five megabytes a run.
             "report": False,
+            # Three seconds a process; tests/test_apart.py is where they are apart.
+            "isolate": False,
             **config,
         }
 

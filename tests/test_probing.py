@@ -14,11 +14,11 @@ from conftest import save_random_model
 from test_pipeline import EXACT, SLACK, Place, Run, active_memory, metrics_of, plan_of, size_of
 
 from true_kd import events
-from true_kd.cache import SHARD, read_manifest
 from true_kd.capture import CaptureOptions, render_for
 from true_kd.errors import ModelError, shared_exit_code
 from true_kd.evaluation import EvaluationOptions, extract_answer
 from true_kd.gate import Headroom, NothingToTeach
+from true_kd.manifest import SHARD, read_manifest
 from true_kd.models import ModelOptions, SamplingOptions, generate_replies, open_model
 from true_kd.pipeline import capture
 from true_kd.prompts import from_strings
@@ -62,7 +62,7 @@ def replies_in(place: Place) -> int:
 
 def was_probed(run: Run, domain: str = "a") -> bool:
     """Whether a sample was captured before all."""
-    return any(event.domain == f"{domain} probe" for event in run.of(events.Captured))
+    return any(event.domain == domain and event.is_probe for event in run.of(events.Captured))
 
 
 # When
@@ -89,7 +89,8 @@ def test_a_sample_is_compared_before_all_is_captured(place: Place) -> None:
 def test_what_the_sample_captured_is_not_captured_again(place: Place) -> None:
     run = place.run("a")
     of_sample, of_all = (
-        [event.progress for event in run.of(events.Captured) if event.domain == name] for name in ("a probe", "a")
+        [event.progress for event in run.of(events.Captured) if event.is_probe == is_probe]
+        for is_probe in (True, False)
     )
     assert (of_sample[0].done, of_sample[-1].done, of_sample[-1].total) == (0, 2, 2)
     assert (of_all[0].done, of_all[-1].done, of_all[-1].total) == (2, 15, 15)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
@@ -17,27 +18,48 @@ def main() -> None:
         # What a terminal cannot show is written out: an encoding is no reason for a traceback.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    from true_kd.errors import TrueKDError
-    from true_kd.suggest import printable
+    from true_kd import stopping
+    from true_kd.errors import TrueKDError, told_plainly
 
     try:
+        stopping.listen()
         from true_kd.backend import require_mlx
 
         require_mlx()
         from true_kd.cli import run
 
         code = run(sys.argv[1:])
-    except TrueKDError as error:
-        if os.environ.get("TRUE_KD_DEBUG") == "1":
-            traceback.print_exc()
-        else:
-            print(printable(str(error)), file=sys.stderr)
-        code = error.exit_code
-    except KeyboardInterrupt:
+        sys.stdout.flush()
+    except KeyboardInterrupt as interrupt:
+        stop = interrupt if isinstance(interrupt, stopping.Stopped) else stopping.first() or stopping.Stopped(2)
         kept = "Finished domains, captured replies and checkpoints are kept: run it again to go on."
-        print(f"true-kd: stopped by Ctrl-C. {kept}", file=sys.stderr)
-        code = 130
+        _say(f"true-kd: stopped by {stop.cause}.{f' {kept}' if _RUNS & {*sys.argv[1:]} else ''}")
+        code = stop.exit_code
+    except BrokenPipeError:
+        # Whoever read the output has gone: nothing is left to say, and nobody to say it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except (TrueKDError, OSError, MemoryError, RuntimeError) as error:
+        told = told_plainly(error)
+        if not isinstance(told, TrueKDError):
+            raise
+        if os.environ.get("TRUE_KD_DEBUG") == "1":
+            _say(traceback.format_exc())
+        else:
+            _say(str(told))
+        code = told.exit_code
     sys.exit(code)
+
+
+_RUNS = {"distill", "capture", "demo", "sweep", "evaluate", "analyze"}
+"""Commands that go on where they were stopped."""
+
+
+def _say(line: str) -> None:
+    from true_kd.suggest import printable, redact
+
+    with contextlib.suppress(OSError):  # a terminal that was closed
+        print(printable(redact(line)), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

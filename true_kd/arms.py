@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 
 from true_kd import adapters, events
-from true_kd.checkpoints import Checkpoint, Progress, find_checkpoint, save_checkpoint
+from true_kd.checkpoints import Progress, Start, find_start, save_checkpoint
 from true_kd.datasets import DomainData
 from true_kd.errors import NonFiniteLossError, PoorTargetsError
 from true_kd.evaluation import evaluate
@@ -18,8 +19,9 @@ from true_kd.fidelity import Fidelity, certify
 from true_kd.files import make_folder, remove, remove_temporaries, write_json
 from true_kd.jobs import Job
 from true_kd.memory import budget_bytes
-from true_kd.models import LanguageModel, add_lora, trainable
+from true_kd.models import LanguageModel, add_lora, is_finite, trainable
 from true_kd.reporting import Validation
+from true_kd.stopping import uninterrupted
 from true_kd.training import NonFinite, Room, TrainingState, train
 
 
@@ -51,9 +53,9 @@ class Trained:
     peak_memory: int
 
 
-def find_start(job: Job) -> Checkpoint | None:
-    """Where an earlier run of this job stopped; None where there is no such place."""
-    return None if job.config.fresh else find_checkpoint(job.folder, job.run_digest)
+def find_job_start(job: Job) -> Start:
+    """Where an earlier run of this job stopped."""
+    return Start() if job.config.fresh else find_start(job.folder, job.run_digest)
 
 
 def train_arm(
@@ -61,7 +63,7 @@ def train_arm(
     student: LanguageModel,
     data: DomainData,
     clock: Clock,
-    start: Checkpoint | None,
+    start: Start,
     has_signal: bool = True,
 ) -> Generator[events.Event, None, Trained]:
     """Put an adapter on a freshly opened student, train it and leave the best weights in the job's folder.
@@ -87,7 +89,7 @@ def train_arm(
     clock.stop("evaluation")
     if (need := room.need(data.train)) > budget:
         yield events.MemoryShort(job.label, need, room.weights, budget, config.training.grad_checkpoint)
-    _begin_folder(job, start.progress.iteration if start else 0)
+    _begin_folder(job, start.made)
     run = yield from _train(job, student, data, clock, room, start)
     return Trained(run, fidelity, mx.get_peak_memory())
 
@@ -131,47 +133,82 @@ def _begin_folder(job: Job, made: int) -> None:
 
 
 def _train(
-    job: Job, student: LanguageModel, data: DomainData, clock: Clock, room: Room, checkpoint: Checkpoint | None
+    job: Job, student: LanguageModel, data: DomainData, clock: Clock, room: Room, start: Start
 ) -> Generator[events.Event, None, Progress]:
     options, losses = job.config.training, job.config.losses
     run, state = Progress(), TrainingState(student.module, options)
+    checkpoint, made = start.checkpoint, start.made
+    # The loss of a step is that of the weights before it: a finite step proves those, not the ones it leaves. A new
+    # adapter changes nothing, and the student itself was measured.
+    proven = current = trainable(student.module)
     if checkpoint is not None:
         run = checkpoint.progress
         student.module.load_weights(list(checkpoint.weights.items()), strict=False)
+        current = trainable(student.module)
         state.restore(run.iteration, checkpoint.state)
         if run.best is not None:
             _save(job, run.best_weights)
         clock.seconds["training"] += sum(step.seconds for step in run.steps)
-    if run.is_over(options.iters, options.patience):
-        return run
-    # The loss of a step is that of the weights before it: a finite step proves those, not the ones it leaves.
-    proven = current = trainable(student.module)
+    steps = train(student.module, data.train, options, losses, job.config.seed, state, room)
     try:
-        for step in train(student.module, data.train, options, losses, job.config.seed, state, room):
-            proven, current = current, trainable(student.module)
-            run.steps.append(step)
-            yield events.Stepped(job.label, step)
-            if step.iteration % options.validate_every == 0 or step.iteration == options.iters:
+        while True:
+            # A run that was stopped in its validation goes on with that.
+            if run.lacks_validation(options.iters, options.validate_every):
                 clock.stop("training")
-                metrics = evaluate(student.module, data.valid, losses.final, options.batch_size)
-                if not math.isfinite(metrics.loss):
-                    raise NonFinite(step.iteration, "the validation loss")
-                if run.validated(Validation(step.iteration, metrics), current):
-                    _save(job, current)
+                yield from _validate(job, student, data, run, current)
                 clock.stop("evaluation")
-                yield events.Validated(job.label, run.validations[-1])
             over = run.is_over(options.iters, options.patience)
-            if step.iteration % options.checkpoint_every == 0 or over:
-                _save(job, current, step.iteration)
-                save_checkpoint(job.folder, run, state.arrays(), job.run_digest)
+            # One that was saved in the validation that ends the run did not know that it is the last.
+            if over or (run.iteration > made and run.iteration % options.checkpoint_every == 0):
+                with uninterrupted():
+                    _save_checkpoint(job, current, run, state)
             if over:
                 break
+            with uninterrupted():
+                step = next(steps)
+                proven, current = current, trainable(student.module)
+                run.steps.append(step)
+            yield events.Stepped(job.label, step)
     except NonFinite as error:
         if run.best is None:
             _save(job, proven)
+            # Nothing has proved the weights of its newest checkpoint: the run would go on only to end here again.
+            adapters.remove_checkpoints(job.folder, run.iteration - 1)
         raise NonFiniteLossError(error.iteration, error.what, job.folder) from error
+    except KeyboardInterrupt:
+        if run.iteration > made:
+            # What is not finite is no place to go on from; the signal is what ends the run all the same.
+            with uninterrupted(), contextlib.suppress(NonFinite):
+                _save_checkpoint(job, current, run, state)
+        raise
     clock.stop("training")
     return run
+
+
+def _validate(
+    job: Job, student: LanguageModel, data: DomainData, run: Progress, current: dict[str, mx.array]
+) -> Generator[events.Event, None, None]:
+    metrics = evaluate(student.module, data.valid, job.config.losses.final, job.config.training.batch_size)
+    if not metrics.is_finite:
+        raise NonFinite(run.iteration, "the validation loss")
+    if not is_finite(current).item():
+        raise NonFinite(run.iteration, "the adapter")
+    # Noted with its weights, or not at all.
+    with uninterrupted():
+        if run.validated(Validation(run.iteration, metrics), current):
+            _save(job, current)
+    yield events.Validated(job.label, run.validations[-1])
+
+
+def _save_checkpoint(job: Job, weights: dict[str, mx.array], run: Progress, state: TrainingState) -> None:
+    options = job.config.training
+    scheduled = run.iteration % options.checkpoint_every == 0 or run.is_over(options.iters, options.patience)
+    arrays = state.arrays()
+    for numbers, what in ((weights, "the adapter"), (arrays, "the optimizer's state")):
+        if not is_finite(numbers).item():
+            raise NonFinite(run.iteration, what)
+    _save(job, weights, run.iteration)
+    save_checkpoint(job.folder, run, arrays, job.run_digest, scheduled)
 
 
 def _save(job: Job, weights: dict[str, mx.array], checkpoint: int | None = None) -> None:
@@ -186,13 +223,15 @@ def _save(job: Job, weights: dict[str, mx.array], checkpoint: int | None = None)
         "seed": config.seed,
         "run_digest": job.run_digest,
     }
-    adapters.save_adapter(folder, weights, config.lora, config.student.model, settings)
-    if checkpoint is None:
-        # With the weights, so that it never describes others.
-        write_run(job)
+    # With the weights, so that it never describes others.
+    run = _resolved(job) if checkpoint is None else None
+    adapters.save_adapter(folder, weights, config.lora, config.student.model, settings, run)
 
 
 def write_run(job: Job) -> None:
     """The resolved config beside the adapter, itself a valid `--config`."""
-    config = job.config.model_dump(mode="json")
-    write_json(job.folder / adapters.RUN, {**config, "domains": [job.domain], "fresh": False})
+    write_json(job.folder / adapters.RUN, _resolved(job))
+
+
+def _resolved(job: Job) -> dict[str, Any]:
+    return {**job.config.model_dump(mode="json"), "domains": [job.domain], "fresh": False}

@@ -121,6 +121,7 @@ class TrueKnowledgeDistiller:
 
     def _job(self, domain: str, train: Prompts | None, valid: Prompts | None) -> Job:
         prompts.check_domain_name(domain)
+        jobs.refuse_links(self.config.out_folder / domain)
         if train is None:
             return Job(domain, self.config, *jobs.read_domain(self.config.prompts_folder, domain))
         read = _read(train, "train_prompts")

@@ -10,12 +10,23 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 
 class TrueKDError(Exception):
     """Base of all errors meant for a person. `exit_code` is what the command line returns."""
 
     exit_code = 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Leaves build their message from other arguments than it: as such they cannot be pickled.
+        return _revive, (type(self), self.args, self.__dict__)
+
+
+def _revive(kind: type[TrueKDError], arguments: tuple[Any, ...], state: dict[str, Any]) -> TrueKDError:
+    error = kind.__new__(kind, *arguments)
+    error.__dict__.update(state)
+    return error
 
 
 def shared_exit_code(errors: Iterable[Exception]) -> int:
@@ -46,16 +57,28 @@ class InputError(TrueKDError):
     exit_code = 2
 
 
-class Problems(InputError):
-    """Several problems of one kind, collected before raising; one line each."""
+MOST_LINES = 3
+"""Lines of an error on a terminal, however many problems there are: what comes first must not scroll away."""
 
-    def __init__(self, lines: Sequence[str], shown: int = 5) -> None:
+_MOST_PLACES = 4
+
+
+def few_lines(lines: Sequence[str]) -> str:
+    """Lines of the form "place: problem", at most `MOST_LINES`: of those left out, the number and the places."""
+    if len(lines) <= MOST_LINES:
+        return "\n".join(lines)
+    shown, others = lines[: MOST_LINES - 1], lines[MOST_LINES - 1 :]
+    places = list(dict.fromkeys(line.partition(": ")[0][:80] for line in others))
+    named = f"{', '.join(places[:_MOST_PLACES])}{' ...' if len(places) > _MOST_PLACES else '.'}"
+    return "\n".join([*shown, f"... and {len(others)} more, at {named}"])
+
+
+class Problems(InputError):
+    """Several problems of one kind, collected before raising; one line each in `lines`, few of them in the message."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
         self.lines = tuple(lines)
-        more = len(self.lines) - shown
-        text = list(self.lines[:shown])
-        if more > 0:
-            text.append(f"... and {more} more")
-        super().__init__("\n".join(text))
+        super().__init__(few_lines(self.lines))
 
 
 class ConfigError(Problems):
@@ -105,6 +128,37 @@ class EnvironmentProblem(TrueKDError):
     """This machine lacks something the run needs: a backend, memory, disk. Exit code 4."""
 
     exit_code = 4
+
+
+_NO_ROOM = ("[malloc", "malloc]", "Unable to allocate", "Attempting to allocate")
+"""How MLX begins to say that memory ran out, where it says so by an exception."""
+
+
+def told_plainly(error: Exception) -> Exception:
+    """The error, but where it is the machine's fault: then that as a person is told, which is no bug."""
+    if isinstance(error, OSError) and error.errno is not None:
+        where = f"{error.filename}: " if error.filename else ""
+        return EnvironmentProblem(
+            f"{where}{error.strerror}, expected it to work. See to it, and run the same command again."
+        )
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_ROOM)
+    ):
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        return EnvironmentProblem(
+            f"memory ran out ({reason}). Lower training.batch_size, capture.batch_size, --max-seq-length or "
+            "--memory-gb, or choose smaller or quantised models, and run the same command again."
+        )
+    return error
+
+
+def portable(error: Exception, trace: str = "") -> Exception:
+    """An error as another process can read it: of another library's only what it says, with its traceback as a note."""
+    told = told_plainly(error)
+    if not isinstance(told, TrueKDError):
+        told = RuntimeError(f"{type(error).__name__}: {error}")
+    told.__notes__ = [trace] if trace else list(getattr(error, "__notes__", ()))
+    return told
 
 
 class NonFiniteLossError(TrueKDError):

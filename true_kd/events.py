@@ -24,10 +24,28 @@ class TeacherOpening:
 
 
 @dataclass(frozen=True)
+class TeacherBusy:
+    """Another process captures from the same teacher: it is waited for, and not captured twice."""
+
+    model: str
+    holder: str
+
+
+@dataclass(frozen=True)
 class BudgetChosen:
     """A budget on disk was turned into a threshold of the targets, from a few replies of the teacher."""
 
     choice: BudgetChoice
+
+
+@dataclass(frozen=True)
+class CacheDamaged:
+    """A file of the cache was damaged or gone, and was dropped; what it held is captured again where it is wanted."""
+
+    domain: str
+    file: Path
+    replies: int
+    """That it held, of other domains included; 0 for a file without replies."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +54,8 @@ class Captured:
 
     domain: str
     progress: CaptureProgress
+    is_probe: bool = False
+    """Whether it is to a few held-out prompts, before all others."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +133,26 @@ class CheckpointsReplaced:
     domain: str
     newest: int
     """The last iteration of theirs."""
+
+
+@dataclass(frozen=True)
+class CheckpointsDamaged:
+    """Checkpoints of this run are not what was written, and are passed over."""
+
+    domain: str
+    damaged: tuple[str, ...]
+    """Each with what is wrong with it, the newest first."""
+    made: int
+    """The iteration of the one that the run goes on from; 0 where it begins anew."""
+
+
+@dataclass(frozen=True)
+class AdapterDamaged:
+    """What this run had finished is not what was written, and is distilled again."""
+
+    domain: str
+    folder: str
+    damage: str
 
 
 @dataclass(frozen=True)
@@ -255,7 +295,9 @@ class RunFinished:
 
 Event = (
     TeacherOpening
+    | TeacherBusy
     | BudgetChosen
+    | CacheDamaged
     | Captured
     | DomainCaptured
     | CaptureReused
@@ -265,6 +307,8 @@ Event = (
     | Certified
     | DivergenceCoarsened
     | CheckpointsReplaced
+    | CheckpointsDamaged
+    | AdapterDamaged
     | MemoryShort
     | Stepped
     | Validated

@@ -15,6 +15,24 @@ DISPLAY_ADVICE = (
 """For a Mac with a display, one line each; reports are in https://github.com/ml-explore/mlx/issues/3267."""
 
 
+_MEMORY = (
+    "kIOGPUCommandBufferCallbackErrorOutOfMemory",
+    "Insufficient Memory",
+    "[METAL] Command buffer execution failed: Out",
+)
+_WATCHDOG = ("kIOGPUCommandBufferCallbackErrorImpactingInteractivity", "kIOGPUCommandBufferCallbackErrorTimeout")
+
+
+def ran_out_of_memory(words: str) -> bool:
+    """Whether a process that Metal aborted said on stderr that memory ran out."""
+    return any(sign in words for sign in _MEMORY)
+
+
+def is_watchdog(words: str) -> bool:
+    """Whether a process that Metal aborted said on stderr that its work held up the display; see mlx#3267."""
+    return any(sign in words for sign in _WATCHDOG)
+
+
 def relax_watchdog() -> None:
     """Ask the driver for patience with long GPU work, unless the user has said otherwise; before mlx is imported.
 

@@ -21,7 +21,7 @@ from true_kd.models import LanguageModel, ModelOptions, open_model, release_memo
 from true_kd.prompts import Prompt
 from true_kd.suggest import quote
 from true_kd.targets import TargetSettings
-from true_kd.teacher import Teacher, choose_targets, teacher_answers
+from true_kd.teacher import Teacher, choose_targets, lacks_head, mend, teacher_answers
 from true_kd.vocabulary import map_vocabulary
 
 _WORTHWHILE = 4
@@ -173,15 +173,23 @@ class Sample:
 
     def capture(self, teacher: Teacher) -> Generator[events.Event, None, None]:
         """Have the teacher reply, as far as the cache lacks it."""
-        headless = self._settings.kind == "hidden" and self._cache.head_path is None
-        if not headless and all(prompt.key in self._cache for prompt in self._asked):
+        if teacher.has_weights:
+            yield from mend(self._job.domain, self._cache, any(prompt.key not in self._cache for prompt in self._asked))
+        if self._is_captured():
+            return
+        yield from teacher.reserve()
+        self._cache.refresh()
+        if self._is_captured():
             return
         if not teacher.is_open:
             yield events.TeacherOpening(self._job.config.teacher.model)
         config = self._job.config
         teacher.keep_stand_in(self._cache)
         for progress in capture(teacher.open(), self._asked, self._cache, config.capture, self._settings):
-            yield events.Captured(f"{self._job.domain} probe", progress)
+            yield events.Captured(self._job.domain, progress, is_probe=True)
+
+    def _is_captured(self) -> bool:
+        return not lacks_head(self._cache, self._settings) and all(prompt.key in self._cache for prompt in self._asked)
 
     def scored_by(self, parent: Teacher) -> list[Example]:
         """The sample's replies, as another model with the same ids scores them; no longer than training takes them."""

@@ -7,6 +7,7 @@ every point; losses do not. Points that differ in nothing but the seed are repet
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -133,15 +134,16 @@ def sweep(
             config = job.control().config if point.is_control else job.config
             job.config = config.model_copy(update={"out": str(where / point.name), "control": "none"})
         yield events.PointStarted(point.name, number, len(points))
-        for event in pipeline.distill(jobs, refused):
-            if isinstance(event, events.RunFinished):
+        with contextlib.closing(pipeline.distill(jobs, refused)) as running:
+            for event in running:
+                if not isinstance(event, events.RunFinished):
+                    yield event
+                    continue
                 failures |= {f"{domain} at {point.name}": error for domain, error in event.failures.items()}
                 for result in event.results:
                     assert result.proof is not None, "a finished run of a domain is proved"
                     run = Run(point.setting, point.is_control, result.proof.prompts)
                     found.setdefault(result.domain, []).append(run)
-            else:
-                yield event
     recommendations = []
     for domain, runs in found.items():
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,12 +13,15 @@ import mlx.core as mx
 import numpy as np
 
 from true_kd import events
-from true_kd.budget import Demand, choose_settings, demand_path, measure, read_demand, write_demand
-from true_kd.cache import SIZE, TEACHER, TargetCache
+from true_kd.budget import Demand, choose_settings, demand_path, keep_demand, measure, read_demand, write_demand
+from true_kd.cache import TargetCache
 from true_kd.capture import CaptureOptions, TeacherPrompt, capture, render_for, teacher_identity
 from true_kd.errors import ModelError, TrueKDError
 from true_kd.evaluation import EvaluationOptions, right_answers
+from true_kd.files import make_folder
 from true_kd.jobs import CapturedTargets, Job
+from true_kd.locks import Lock
+from true_kd.manifest import SIZE, TEACHER
 from true_kd.models import (
     LanguageModel,
     ModelOptions,
@@ -35,15 +38,38 @@ from true_kd.suggest import quote
 from true_kd.targets import TargetOptions, TargetSettings
 
 
+class WeightsWanted(BaseException):
+    """The teacher has to answer, and may not in this process: no error, and nothing that a domain fails of."""
+
+
 class Teacher:
     """The teacher's tokenizer, and its weights from the moment they are needed: never, where all is in the cache."""
 
-    def __init__(self, options: ModelOptions) -> None:
+    def __init__(self, options: ModelOptions, caches: Path, may_open: bool = True) -> None:
         self.options = options
+        self._may_open = may_open
         self.text = open_tokenizer(options, "teacher")
         self.has_weights = bool(describe(options, "teacher").weights)
         """False for a teacher that only a cache knows: it says no more than it has said."""
         self._model: LanguageModel | None = None
+        self._lock = Lock(caches / f".lock-teacher-{self.text.digest[:16]}")
+
+    def reserve(self) -> Generator[events.Event, None, None]:
+        """See to it that no other process captures from this teacher; what one has captured is in the cache by now.
+
+        Raises
+        ------
+        WeightsWanted
+            when the teacher may not be opened here.
+        """
+        if not self._may_open:
+            raise WeightsWanted
+        if self._lock.is_held:
+            return
+        make_folder(self._lock.path.parent)
+        if not self._lock.acquire():
+            yield events.TeacherBusy(self.options.model, self._lock.holder)
+            self._lock.acquire(patience=-1)
 
     @property
     def is_open(self) -> bool:
@@ -62,9 +88,10 @@ class Teacher:
             cache.keep(TEACHER, lambda path: save_stand_in(self.options, self.text.digest, path))
 
     def close(self) -> bool:
-        """Free the weights; returns whether they had been opened."""
+        """Free the weights, for other processes as well; returns whether they had been opened."""
         opened, self._model = self.is_open, None
         release_memory()
+        self._lock.release()
         return opened
 
 
@@ -149,10 +176,14 @@ def _measured(way: _Way, asked: _Asked, teacher: Teacher) -> Generator[events.Ev
             f"teacher {quote(asked.model)}: its weights are not here, and no cache knows what it needs of a budget on "
             "disk. Capture with a budget where the teacher is, and import that, or set targets.threshold instead."
         )
+    yield from teacher.reserve()
+    demand = _find_demand(path)
+    if demand is not None:
+        return demand
     if not teacher.is_open:
         yield events.TeacherOpening(teacher.options.model)
     demand = measure(teacher.open(), asked.prompts, capturing, options.settings)
-    write_demand(path, demand)
+    keep_demand(path, demand)
     return demand
 
 
@@ -178,22 +209,30 @@ def capture_domain(
     train = render_for(teacher.text, job.train_prompts, config.capture)
     valid = render_for(teacher.text, job.valid_prompts, config.capture)
     asked = {prompt.key for prompt in (*train, *valid)}
-    missing = sum(key not in cache for key in asked)
-    headless = settings.kind == "hidden" and cache.head_path is None
-    needed = missing > 0 or headless
+    keep_size = partial(_keep_size, cache, teacher, [prompt.rendered.prompt for prompt in valid], config.evaluation)
+    if teacher.has_weights:
+        yield from mend(job.domain, cache, any(key not in cache for key in asked))
+    missing = _count_missing(cache, asked)
+    needed = missing > 0 or lacks_head(cache, settings)
     if needed and not teacher.has_weights:
         raise _refusal(job, cache, missing, len(asked))
+    if needed:
+        yield from teacher.reserve()
+        cache.refresh()
+        needed = _count_missing(cache, asked) > 0 or lacks_head(cache, settings)
     if needed:
         if not teacher.is_open:
             yield events.TeacherOpening(config.teacher.model)
         model = teacher.open()
         teacher.keep_stand_in(cache)
+        # Before the replies: when all of them are there, the teacher is not opened again for it.
+        keep_size()
         for progress in capture(model, [*train, *valid], cache, config.capture, settings):
             yield events.Captured(job.domain, progress)
     else:
         teacher.keep_stand_in(cache)
         yield events.CaptureReused(job.domain, len(asked))
-    size = _keep_size(cache, teacher, [prompt.rendered.prompt for prompt in valid], config.evaluation)
+    size = keep_size()
     return CapturedTargets(
         cache=cache,
         train=train,
@@ -203,6 +242,21 @@ def capture_domain(
         right=teacher_answers(job.valid_prompts, valid, cache, teacher.text, config.evaluation),
         teacher_size=size,
     )
+
+
+def mend(domain: str, cache: TargetCache, lacking: bool) -> Iterator[events.CacheDamaged]:
+    """Rid a cache of what is damaged before it is filled, and say so; `lacking` is whether a reply is missing."""
+    for loss in cache.mend(lacking):
+        yield events.CacheDamaged(domain, cache.folder / loss.file, loss.replies)
+
+
+def _count_missing(cache: TargetCache, keys: Iterable[str]) -> int:
+    return sum(key not in cache for key in keys)
+
+
+def lacks_head(cache: TargetCache, settings: TargetSettings) -> bool:
+    """Whether a cache of hidden states is without the teacher's head that reads them."""
+    return settings.kind == "hidden" and cache.head_path is None
 
 
 def _refusal(job: Job, cache: TargetCache, missing: int, total: int) -> ModelError:

@@ -14,7 +14,10 @@ import typer
 
 from true_kd import __version__
 
-EXIT_CODES = "Exit codes: 0 done, 1 run failed, 2 input, 3 locked, 4 environment, 5 integrity, 130 Ctrl-C."
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 run failed, 2 input, 3 locked by another run, 4 environment (disk, memory, versions), "
+    "5 integrity, 130 Ctrl-C, 143 SIGTERM, 129 terminal closed."
+)
 
 COMMANDS: Mapping[str, tuple[str, str, str]] = {
     "distill": ("running", "distill", "Capture the teacher once and train one LoRA adapter per domain."),

@@ -12,16 +12,17 @@ from typing import Any
 
 import typer
 
+from true_kd import stopping
 from true_kd.comparing import put_on
 from true_kd.config import Override
 from true_kd.errors import InputError, PromptError
 from true_kd.examples import render
+from true_kd.files import expand
 from true_kd.finding import FoundAdapter, domains_in, find_domain, find_folder, output_folder, system_message
-from true_kd.json_lines import Refusal, parse_line, read_lines
 from true_kd.memory import budget_bytes, set_guards
 from true_kd.models import LanguageModel, SamplingOptions, open_model
 from true_kd.models.streaming import Recollection, Token, stream_reply
-from true_kd.prompts import Prompt, from_records
+from true_kd.prompts import Prompt, from_records, load_file
 from true_kd.suggest import printable, quote
 from true_kd.validation import validate
 
@@ -71,9 +72,13 @@ class Asking:
             raise InputError(f"no domain was named, expected --domain NAME{listed} or --adapter PATH.")
         return cls(found, system_message(found) if system is None else system.strip() or None)
 
-    def prompts(self, records: Sequence[dict[str, Any]], name: str) -> list[Prompt]:
-        """Records of a prompt file as prompts to reply to, under the system message where they have none."""
-        prompts = from_records(records, name)
+    def prompt(self, record: dict[str, Any], name: str) -> Prompt:
+        """A record of the form of a prompt file's lines as a prompt to reply to: see `openings`."""
+        [prompt] = self.openings(from_records([record], name))
+        return prompt
+
+    def openings(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Prompts to reply to, without the replies they bring, under the system message where they have none."""
         raw = [prompt.where for prompt in prompts if prompt.messages is None]
         if raw:
             raise PromptError([f"{where}: raw `text`, expected `prompt` or `messages` to reply to." for where in raw])
@@ -149,7 +154,7 @@ class Conversation:
         """Print the reply to what was said; Ctrl-C stops it, and what was written counts as the reply."""
         turns = [*self._messages, {"role": "user", "content": said}]
         try:
-            [prompt] = self._asking.prompts([{"messages": turns}], "message")
+            prompt = self._asking.prompt({"messages": turns}, "message")
         except PromptError as error:
             typer.echo(printable(str(error)), err=True)
             return
@@ -160,7 +165,8 @@ class Conversation:
             for token in reply:
                 typer.echo(printable(token.text), nl=False)
             typer.echo("")
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
+            stopping.answer(interrupt)
             typer.echo(" [stopped]")
         if reply.text:
             self._messages = [*turns, {"role": "assistant", "content": reply.text}]
@@ -229,21 +235,12 @@ def read_prompt(given: str | None, command: str) -> str:
     return text
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a prompt file: lines of JSON, or prompts as they stand."""
+def read_prompts(given: Path) -> list[Prompt]:
+    """The prompts of a file: lines of JSON, or prompts as they stand."""
+    path = expand(str(given), "--prompts-file")
     if path.suffix not in (".jsonl", ".txt"):
         raise InputError(f"--prompts-file {quote(str(path))}: expected a file that ends in .jsonl or .txt. Rename it.")
-    problems: list[str] = []
-    records = []
-    for number, line in read_lines(path, problems):
-        if line.strip():
-            try:
-                records.append({"prompt": line.strip()} if path.suffix == ".txt" else parse_line(line))
-            except Refusal as refusal:
-                problems.append(f"{path}:{number}: {refusal.message}")
-    if problems:
-        raise PromptError(problems)
-    return records
+    return load_file(path)
 
 
 def sampling_options(temp: float, top_p: float | None, max_tokens: int) -> SamplingOptions:

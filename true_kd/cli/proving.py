@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -28,6 +29,7 @@ from true_kd.cli.output import say_json
 from true_kd.config import SHORT_NAMES, Override
 from true_kd.errors import InputError, TrueKDError, shared_exit_code
 from true_kd.validation import parse_override
+from true_kd.yaml_file import read_value
 
 if TYPE_CHECKING:
     from true_kd import events
@@ -179,7 +181,7 @@ def sweep(
             axes.append(axis)
         else:
             fixed[name] = axis.values[0]
-    axes += [_axis("--grid", *parse_override(text)) for text in grid or ()]
+    axes += [_axis("--grid", *parse_override(text, "--grid")) for text in grid or ()]
     if control not in (None, "none", "sft"):
         raise InputError(f"--control {control!r}: expected sft or none. Choose one.")
     given = {"teacher": teacher, "student": student, "prompts": prompts, "out": out, "fresh": fresh or None, **fixed}
@@ -207,7 +209,7 @@ def _axis(flag_name: str, path: Any, value: Any) -> Any:
     if not isinstance(value, str):
         return Axis(flag_name, path, tuple(value) if isinstance(value, list) else (value,))
     parts = [part.strip() for part in value.split(",")]
-    values = [parse_override(f"x={part}")[1] for part in parts if part]
+    values = [read_value(part, flag_name) for part in parts if part]
     if not all(parts):
         raise InputError(f"{flag_name} {value!r}: an empty value, expected values with commas between. Write 1,2.")
     return Axis(flag_name, path, tuple(values))
@@ -217,7 +219,8 @@ def _watch(running: Iterable[events.Event], last: type, as_json: bool) -> Any:
     """Show a run's events, on stderr where stdout is for programs; returns the last."""
     from true_kd.console import make_view
 
-    with make_view(sys.stderr if as_json else sys.stdout) as view:
+    # Closed before a signal's last line is printed: by then a run that was stopped is.
+    with make_view(sys.stderr if as_json else sys.stdout) as view, contextlib.closing(running):
         for event in running:
             if isinstance(event, last):
                 return event

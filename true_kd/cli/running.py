@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -120,9 +121,9 @@ def run_phase(phase: Any, config: Path | None, named: list[str], everything: boo
     planned, failures = jobs.plan(config, domains, given)
     if not planned:
         jobs.refuse(failures)
-    view = make_view()
-    with view:
-        for event in phase(planned, failures):
+    # Closed before a signal's last line is printed: by then a run that was stopped is.
+    with make_view() as view, contextlib.closing(phase(planned, failures)) as running:
+        for event in running:
             view.show(event)
             if isinstance(event, (events.RunFinished, events.CaptureFinished)):
                 return shared_exit_code(event.failures.values())

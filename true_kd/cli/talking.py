@@ -94,7 +94,7 @@ def compare(
         domain=domain, adapter=adapter, out=out, config=config, student=student, system=system, teacher=teacher
     )
     found = asking.found
-    [asked] = asking.prompts([{"prompt": read_prompt(prompt, "compare")}], "prompt")
+    asked = asking.prompt({"prompt": read_prompt(prompt, "compare")}, "prompt")
     # Of an adapter of another tool nobody knows a teacher, unless one is named.
     with_teacher = not no_teacher and (found.domain is not None or teacher is not None)
     set_guards(budget_bytes(None))
@@ -148,10 +148,9 @@ def chat(
         except EOFError:
             end_line()
             return 0
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             end_line()
-            # Not through the handler of runs, which speaks of what a run keeps.
-            raise SystemExit(130) from None
+            raise SystemExit(getattr(interrupt, "exit_code", 130)) from None
         match line.strip():
             case "q":
                 return 0
@@ -191,16 +190,16 @@ def generate(
     as_json: AsJson = False,
 ) -> int:
     """Print the reply of the student with its adapter, and nothing else: for scripts."""
-    from true_kd.cli.asking import Asking, Reply, read_prompt, read_records, sampling_options
+    from true_kd.cli.asking import Asking, Reply, read_prompt, read_prompts, sampling_options
 
     options = sampling_options(temp, top_p, max_tokens)
     asking = Asking.of(domain=domain, adapter=adapter, out=out, config=config, student=student, system=system)
     if prompts_file is not None:
         if prompt is not None:
             raise InputError("--prompts-file: given with a prompt, expected one of the two. Leave one out.")
-        asked = asking.prompts(read_records(prompts_file), str(prompts_file))
+        asked = asking.openings(read_prompts(prompts_file))
     else:
-        asked = asking.prompts([{"prompt": read_prompt(prompt, "generate")}], "prompt")
+        asked = [asking.prompt({"prompt": read_prompt(prompt, "generate")}, "prompt")]
     model = asking.open(base)
     streams = not as_json and prompts_file is None and sys.stdout.isatty()
     for one in asked:

@@ -21,8 +21,8 @@ from true_kd.errors import TrueKDError
 from true_kd.evaluation import EvalMetrics
 from true_kd.fidelity import Fidelity
 from true_kd.gate import Headroom
-from true_kd.reporting import KDResult, peak_memory
-from true_kd.suggest import printable
+from true_kd.reporting import DataCounts, KDResult, peak_memory
+from true_kd.suggest import printable, redact
 from true_kd.training import StepMetrics
 
 _LINES_PER_STAGE = 10
@@ -49,8 +49,13 @@ class LineView:
         match event:
             case events.TeacherOpening(model):
                 self.say(f"teacher {model}: opening")
-            case events.Captured(domain, progress):
-                self.captured(domain, progress)
+            case events.CacheDamaged(domain, file, replies):
+                lost = f", {replies:,} {'reply' if replies == 1 else 'replies'}" if replies else ""
+                self.say(f"{domain}: {file} was damaged or gone{lost}; what is needed of it is captured again")
+            case events.TeacherBusy(model, holder):
+                self.say(f"teacher {model}: waiting for {holder}, which captures from it")
+            case events.Captured(domain, progress, is_probe):
+                self.captured(f"{domain} probe" if is_probe else domain, progress)
             case events.CaptureReused(domain, replies):
                 self.say(f"{domain}: {replies} replies of the teacher are in the cache")
             case events.Probed(domain, headroom):
@@ -75,10 +80,7 @@ class LineView:
                     f"({data.train_examples} examples, {data.valid_examples} held out)"
                 )
                 if data.truncated or data.dropped or data.cut_replies:
-                    self.say(
-                        f"{domain}: {data.cut_replies} replies cut at capture.max_tokens, {data.truncated} cut at "
-                        f"training.max_seq_length, {data.dropped} examples dropped"
-                    )
+                    self.say(f"{domain}: {_losses_of_data(data)}")
                 if data.differing_ids:
                     self.say(f"{domain}: {data.differing_ids:,} ids stand for different tokens in teacher and student")
             case events.BudgetChosen(choice):
@@ -103,6 +105,13 @@ class LineView:
                     f"{domain}: starts anew; the checkpoints here, up to iteration {newest}, are of other settings, "
                     "prompts or models, and are replaced"
                 )
+            case events.AdapterDamaged(domain, folder, damage):
+                self.say(f"{domain}: damaged {folder}: {damage}; distilled again")
+            case events.CheckpointsDamaged(domain, damaged, made):
+                place = f"goes on from that of iteration {made}" if made else "starts anew"
+                for each in damaged:
+                    self.say(f"{domain}: damaged {each}")
+                self.say(f"{domain}: {place}")
             case events.MemoryShort(domain, _, weights, budget, _) if weights >= budget:
                 self.say(
                     f"{domain}: the student's weights alone take {_size(weights)}, expected less than {_size(budget)} "
@@ -158,7 +167,7 @@ class LineView:
     def failed(self, domain: str, error: Exception, trace: str) -> None:
         """Report a failure on stderr; a bug keeps its traceback."""
         is_bug = not isinstance(error, TrueKDError) or os.environ.get("TRUE_KD_DEBUG") == "1"
-        print(printable(f"{domain}: failed. {trace if is_bug else error}"), file=sys.stderr)
+        print(printable(redact(f"{domain}: failed. {trace if is_bug else error}")), file=sys.stderr)
 
     def summed_up(self, results: Sequence[KDResult], seconds: float) -> None:
         """Print the table of all domains."""
@@ -252,6 +261,17 @@ def make_console(stream: TextIO | None = None) -> Console:
         return Console(file=stream, color_system=None, force_terminal=False, width=1000)
     plain = bool(os.environ.get("NO_COLOR"))
     return Console(file=stream, color_system=None if plain else "auto", no_color=plain, highlight=False)
+
+
+def _losses_of_data(data: DataCounts) -> str:
+    """What of the data is not trained, or not validated on; of training and held-out prompts together."""
+    used = data.train_examples + data.valid_examples
+    prompts = used + data.dropped
+    return (
+        f"{data.cut_replies:,} of {prompts:,} replies cut at capture.max_tokens, {data.truncated:,} of {used:,} "
+        f"examples cut at training.max_seq_length, {data.dropped:,} of {prompts:,} prompts dropped (no room for a "
+        "reply, or tokens that the student lacks)"
+    )
 
 
 def _probed(headroom: Headroom) -> str:

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from functools import cache
 
 from true_kd import events, reporting
-from true_kd.checkpoints import drop_states
-from true_kd.errors import TrueKDError
+from true_kd.checkpoints import clean_up
+from true_kd.errors import EnvironmentProblem, TrueKDError
 from true_kd.files import make_folder
 from true_kd.jobs import Job
-from true_kd.models import open_tokenizer, release_memory
-from true_kd.pipeline.steps import Ledger, capture_all, find_job_teacher, group_by_teacher, hold, identify_jobs, sift
+from true_kd.models import release_memory
+from true_kd.pipeline.steps import (
+    Ledger,
+    Look,
+    capture_all,
+    find_job_teacher,
+    group_by_teacher,
+    hold_folder,
+    identify_jobs,
+    look_free,
+    run_student,
+    sift,
+)
 from true_kd.report import write_report
 from true_kd.student import distill_student
 
@@ -30,9 +40,10 @@ def distill(jobs: Sequence[Job], failures: Mapping[str, TrueKDError] | None = No
     """
     started = time.perf_counter()
     ledger = Ledger()
+    look_free(jobs)
     jobs, refused = identify_jobs(jobs, failures or {})
     out = jobs[0].config.out_folder
-    with hold(out):
+    with hold_folder(out):
         for domain, error in refused.items():
             yield ledger.failed(domain, error)
         try:
@@ -46,8 +57,13 @@ def distill(jobs: Sequence[Job], failures: Mapping[str, TrueKDError] | None = No
             seconds = time.perf_counter() - started
             failed = {domain: str(error) for domain, error in ledger.failures.items()}
             summary = reporting.write_summary(out, ledger.results, failed, seconds)
-        wanted = any(job.config.report for job in jobs) and ledger.results
-        report = write_report(out, ledger.results, failed) if wanted else None
+        report = None
+        if any(job.config.report for job in jobs) and ledger.results:
+            try:
+                report = write_report(out, ledger.results, failed)
+            except EnvironmentProblem as error:
+                # The adapters are there, and the table is still to come: a page less is no reason to end here.
+                yield ledger.failed("report", error)
     yield events.RunFinished(tuple(ledger.results), ledger.failures, summary, seconds, report)
 
 
@@ -63,8 +79,8 @@ def capture(jobs: Sequence[Job], failures: Mapping[str, TrueKDError] | None = No
     ledger = Ledger()
     done: list[str] = []
     jobs, refused = sift(jobs, failures or {}, find_job_teacher)
-    tokenizer = cache(open_tokenizer)
-    jobs, refused = sift(jobs, refused, lambda job: tokenizer(job.teacher.options, "teacher"))
+    look = Look()
+    jobs, refused = sift(jobs, refused, lambda job: look.at(job, job.teacher.options, "teacher"))
     for domain, error in refused.items():
         yield ledger.failed(domain, error)
     for group in group_by_teacher(jobs):
@@ -87,7 +103,7 @@ def _skip_finished(jobs: Sequence[Job], ledger: Ledger) -> Generator[events.Even
         finished = None if job.config.fresh else reporting.read_result(job.folder, job.run_digest, job.proof_digest)
         if finished is not None and finished.proof is not None and not job.lacks_control(finished.proof):
             for folder in (job.folder, job.control().folder):
-                drop_states(folder)
+                clean_up(folder)
             yield ledger.finished(finished)
             continue
         try:
@@ -101,7 +117,7 @@ def _skip_finished(jobs: Sequence[Job], ledger: Ledger) -> Generator[events.Even
 
 def _train_isolated(job: Job, ledger: Ledger) -> Iterator[events.Event]:
     try:
-        result = yield from distill_student(job)
+        result = yield from run_student(distill_student, job)
         yield ledger.finished(result)
     except Exception as error:  # noqa: BLE001 - a domain fails alone, be it by a bug
         yield ledger.failed(job.domain, error)

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Generator, Iterator, Mapping, Sequence
 
 import mlx.core as mx
 
 from true_kd import events, reporting
-from true_kd.errors import TrueKDError
+from true_kd.errors import TrueKDError, portable
 from true_kd.files import make_folder
 from true_kd.gate import Headroom, ParentComparison
 from true_kd.jobs import Job
 from true_kd.memory import budget_bytes, set_guards
-from true_kd.models import release_memory
-from true_kd.pipeline.steps import Ledger, capture_all, group_by_teacher, hold, identify_jobs
+from true_kd.models import ModelOptions, open_skeleton, release_memory
+from true_kd.pipeline.apart import DEATHS, run_apart
+from true_kd.pipeline.steps import (
+    Ledger,
+    capture_all,
+    group_by_teacher,
+    hold_folder,
+    identify_jobs,
+    look_free,
+    run_student,
+)
 from true_kd.probing import compare_samples, compare_with_parents, sample_all
 from true_kd.proof import Proof
 from true_kd.report import write_report
 from true_kd.student import evaluate_student
+from true_kd.suggest import quote
 from true_kd.teacher import Teacher
 
 
@@ -33,9 +44,10 @@ def evaluate(jobs: Sequence[Job], failures: Mapping[str, TrueKDError] | None = N
     """
     ledger = Ledger()
     proofs: dict[str, Proof] = {}
+    look_free(jobs)
     jobs, refused = identify_jobs(jobs, failures or {})
     out = jobs[0].config.out_folder
-    with hold(out):
+    with hold_folder(out):
         for domain, error in refused.items():
             yield ledger.failed(domain, error)
         for group in group_by_teacher(jobs):
@@ -43,7 +55,7 @@ def evaluate(jobs: Sequence[Job], failures: Mapping[str, TrueKDError] | None = N
                 make_folder(job.config.cache_folder)
             for job in (yield from capture_all(group, ledger, jobs)):
                 try:
-                    proof, result = yield from evaluate_student(job)
+                    proof, result = yield from run_student(evaluate_student, job)
                     proofs[job.domain] = proof
                     yield events.Evaluated(job.domain, proof, kept=result is not None)
                 except Exception as error:  # noqa: BLE001 - a domain fails alone, be it by a bug
@@ -75,21 +87,19 @@ def analyze(
     headrooms: dict[str, Headroom] = {}
     parents: dict[str, ParentComparison] = {}
     jobs, refused = identify_jobs(jobs, failures or {})
+    if parent is not None:
+        # Before the teacher has worked for a comparison that cannot be.
+        open_skeleton(_parent_of(jobs[0].teacher.options, parent), "--parent")
     for domain, error in refused.items():
         yield ledger.failed(domain, error)
     for group in group_by_teacher(jobs):
         for job in group:
             make_folder(job.config.cache_folder)
-        set_guards(budget_bytes(None))
-        teacher = Teacher(group[0].teacher.options)
-        samples, compared = yield from sample_all(group, teacher, jobs)
-        ready = [job for job in group if job.domain in samples]
-        if parent is not None and ready:
-            original = Teacher(group[0].teacher.options.model_copy(update={"model": parent, "adapter": None}))
-            parents |= yield from compare_with_parents(ready, samples, teacher, original)
-        if teacher.close():
-            yield events.TeacherFreed(mx.get_active_memory())
-        compared |= yield from compare_samples(ready, samples, teacher)
+        try:
+            compared, with_parents = yield from _compare_apart(group, jobs, parent)
+        except DEATHS as error:
+            compared, with_parents = {job.domain: error for job in group}, {}
+        parents |= with_parents
         for domain, found in compared.items():
             if isinstance(found, Exception):
                 yield ledger.failed(domain, found)
@@ -97,3 +107,41 @@ def analyze(
                 headrooms[domain] = found
     ranked = dict(sorted(headrooms.items(), key=lambda item: -item[1].kl.value))
     yield events.AnalysisFinished(ranked, parents, ledger.failures)
+
+
+_Compared = tuple[dict[str, Headroom | Exception], dict[str, ParentComparison]]
+
+
+def _compare_apart(
+    group: Sequence[Job], everyone: Sequence[Job], parent: str | None
+) -> Generator[events.Event, None, _Compared]:
+    config = group[0].config
+    if not config.isolate:
+        return (yield from compare_group(group, everyone, parent))
+    what = f"teacher {quote(config.teacher.model)} and student {quote(config.student.model)}"
+    remedy = "capture.batch_size or training.batch_size, or choose smaller or quantised models"
+    return (yield from run_apart(compare_group, group, everyone, parent, what=what, remedy=remedy))
+
+
+def compare_group(
+    group: Sequence[Job], everyone: Sequence[Job], parent: str | None
+) -> Generator[events.Event, None, _Compared]:
+    """Compare a teacher with the students of its jobs and, where one is named, with its parent; by domain."""
+    set_guards(budget_bytes(None))
+    options, cache_folder = group[0].teacher.options, group[0].config.cache_folder
+    parents: dict[str, ParentComparison] = {}
+    with contextlib.closing(Teacher(options, cache_folder)) as teacher:
+        samples, compared = yield from sample_all(group, teacher, everyone)
+        ready = [job for job in group if job.domain in samples]
+        if parent is not None and ready:
+            with contextlib.closing(Teacher(_parent_of(options, parent), cache_folder)) as original:
+                parents = yield from compare_with_parents(ready, samples, teacher, original)
+        if teacher.close():
+            yield events.TeacherFreed(mx.get_active_memory())
+        compared |= yield from compare_samples(ready, samples, teacher)
+    return {name: portable(each) if isinstance(each, Exception) else each for name, each in compared.items()}, parents
+
+
+def _parent_of(teacher: ModelOptions, parent: str) -> ModelOptions:
+    """The model that a quantised teacher was made from."""
+    return teacher.model_copy(update={"model": parent, "adapter": None})
