@@ -15,11 +15,12 @@ from test_pipeline import ASK, CHECK, Place
 
 from true_kd import events, pipeline, pocket
 from true_kd.budget import THRESHOLDS, Demand, choose_settings, demand_path, measure, read_demand, write_demand
-from true_kd.cache import MANIFEST, SHARD, TargetCache
+from true_kd.cache import TargetCache
 from true_kd.capture import CaptureOptions, capture, render_for, teacher_identity
 from true_kd.config import Override
 from true_kd.errors import InputError
 from true_kd.jobs import plan
+from true_kd.manifest import MANIFEST, SHARD
 from true_kd.models import LanguageModel, ModelOptions, generate_replies, open_model
 from true_kd.prompts import Prompt, from_records, from_strings
 from true_kd.shards import estimate_bytes

@@ -38,10 +38,11 @@ from test_shards import (
 )
 
 from true_kd import cache as cache_module
-from true_kd.cache import CacheIdentity, TargetCache, default_root, parse_line, read_manifest, reply_key
+from true_kd.cache import CacheIdentity, TargetCache, default_root, reply_key
 from true_kd.capture import render_for, teacher_identity
 from true_kd.errors import CacheError
 from true_kd.jobs import plan
+from true_kd.manifest import parse_line, read_manifest
 from true_kd.shards import CachedReply, pack_replies, read_keys
 from true_kd.targets import HiddenTargets, TargetOptions
 from true_kd.teacher import Teacher
@@ -278,7 +279,7 @@ def forge(cache: TargetCache, payload: bytes) -> None:
     [file] = read_manifest(cache.folder).values()
     (cache.folder / file.name).write_bytes(payload)
     forged = replace(file, sha256=hashlib.sha256(payload).hexdigest())
-    (cache.folder / "manifest.jsonl").write_bytes(forged.line)
+    (cache.folder / "manifest.jsonl").write_bytes(forged.line(cache.folder.name))
     cache.refresh()
 
 
@@ -332,6 +333,13 @@ def test_half_a_manifest_line_does_not_spoil_the_next_one(
     assert present(tmp_path) == ([A, B, C, D] if missing == 1 else [A, B, D])
 
 
+def line_of(record: dict[str, Any], key: str = IDENTITY.folder_name) -> bytes:
+    """A manifest line with a right check, whatever it says."""
+    canonical = json.dumps({"cache": key, **record}, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    check = hashlib.sha256(canonical.encode(errors="surrogatepass")).hexdigest()[:16]
+    return json.dumps({**record, "check": check}).encode()
+
+
 GOOD_LINE = {"file": "0123456789abcdef.safetensors", "sha256": "0" * 64, "replies": 1, "tokens": 5}
 SENSELESS = {
     "nothing": b"",
@@ -343,7 +351,7 @@ SENSELESS = {
     "without end": b"[" * 100_000,
     "another object": b'{"shard": "x"}',
     **{
-        f"{name}: {value!r}"[:40]: json.dumps({**GOOD_LINE, name: value}).encode()
+        f"{name}: {value!r}"[:40]: line_of({**GOOD_LINE, name: value})
         for name, values in {
             "file": [
                 None, 3, "", ".", "..", "x", "../0123456789abcdef.safetensors", "/tmp/0123456789abcdef.safetensors",
@@ -360,15 +368,24 @@ SENSELESS = {
 
 
 def test_a_manifest_line_comes_back_as_it_was() -> None:
-    file = parse_line(json.dumps(GOOD_LINE).encode())
+    key = IDENTITY.folder_name
+    file = parse_line(line_of(GOOD_LINE), key)
     assert file is not None
-    assert parse_line(file.line) == file
-    assert parse_line(json.dumps({**GOOD_LINE, "file": "head.safetensors"}).encode()) is not None
+    assert file.line(key) == line_of(GOOD_LINE) + b"\n"
+    assert parse_line(line_of({**GOOD_LINE, "file": "head.safetensors"}), key) is not None
+
+
+def test_a_manifest_line_of_another_cache_counts_for_nothing(two_shards: TargetCache, tmp_path: Path) -> None:
+    """The keys of replies do not know their teacher: another teacher's shards would pass for this one's."""
+    other = CacheIdentity({**IDENTITY.facts, "teacher": "b" * 64})
+    shutil.copytree(two_shards.folder, tmp_path / other.folder_name)
+    assert present(tmp_path, identity=other) == []
+    assert parse_line(line_of(GOOD_LINE), other.folder_name) is None
 
 
 @pytest.mark.parametrize("line", SENSELESS.values(), ids=SENSELESS.keys())
 def test_manifest_lines_that_mean_nothing_are_passed_over(two_shards: TargetCache, tmp_path: Path, line: bytes) -> None:
-    assert parse_line(line) is None
+    assert parse_line(line, IDENTITY.folder_name) is None
     manifest = two_shards.folder / "manifest.jsonl"
     manifest.write_bytes(line + b"\n" + manifest.read_bytes())
     assert present(tmp_path) == [A, B, C]
@@ -390,7 +407,7 @@ def test_a_shard_without_a_manifest_line_does_not_exist(two_shards: TargetCache,
 
 def test_a_manifest_line_without_its_shard_is_a_miss(two_shards: TargetCache, tmp_path: Path) -> None:
     manifest = two_shards.folder / "manifest.jsonl"
-    manifest.write_bytes(manifest.read_bytes() + json.dumps(GOOD_LINE).encode() + b"\n")
+    manifest.write_bytes(manifest.read_bytes() + line_of(GOOD_LINE) + b"\n")
     assert present(tmp_path) == [A, B, C]
 
 
@@ -719,7 +736,7 @@ class Scene:
         jobs, failures = plan(self.root / "base.yaml", [self.domain], [])
         assert failures == {}
         [job] = jobs
-        text = Teacher(job.config.teacher).text
+        text = Teacher(job.config.teacher, job.config.cache_folder).text
         prompts = render_for(text, [*job.train_prompts, *job.valid_prompts], job.config.capture)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cache_module, "FORMAT", self.format)

@@ -17,8 +17,9 @@ from test_cli import lay_out, only_line, refused
 from test_stores import IDENTITY, A, B, C, D, age, content, fill, identity_of, present, shards_of
 
 from true_kd import pocket, stores
-from true_kd.cache import FORMAT, SHARD, TEACHER
+from true_kd.cache import FORMAT
 from true_kd.files import digest_json
+from true_kd.manifest import SHARD, TEACHER
 
 KEY = IDENTITY.folder_name
 COMMANDS = ("ls", "info", "verify", "prune", "export", "import")
@@ -384,6 +385,8 @@ def test_a_cache_trains_where_the_teacher_is_not(
     assert Path("two/cats/adapters.safetensors").read_bytes() == Path("one/cats/adapters.safetensors").read_bytes()
     assert content(Path("cache")) == before
     one, two = (json.loads(Path(out, "cats", "adapter_config.json").read_text()) for out in ("one", "two"))
+    # The digest of all the rest, the teacher's name included.
+    assert one["true_kd"].pop("check") != two["true_kd"].pop("check")
     assert (two["true_kd"].pop("teacher"), Path(one["true_kd"].pop("teacher")).name) == ("Big-7B", "Big-7B")
     assert one == two
     assert json.loads(Path("two/cats/run.json").read_text())["teacher"]["model"] == way[2]
@@ -453,8 +456,8 @@ def test_a_lost_output_head_is_written_again_or_missed(cli, tmp_path: Path, monk
 
 
 def test_the_hint_of_an_import_has_no_word_of_the_stranger_who_wrote_the_identity() -> None:
-    from true_kd.cache import StoredFile
     from true_kd.cli.caches import _way_to_use
+    from true_kd.manifest import StoredFile
 
     targets = {"threshold": "1; x", "draw_temperature": 4.0, "; rm -r x": 1.0, "share": 0.5}
     files = {TEACHER: StoredFile(TEACHER, "a" * 64, 0, 0)}

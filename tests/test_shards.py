@@ -142,6 +142,7 @@ def shards(draw: st.DrawFn) -> dict[str, CachedReply]:
         tokens = rng.integers(0, vocab, length).astype(np.int32)
         if hidden:
             states = rng.integers(0, 2**16, (count, width), dtype=np.uint16).view(np.float16)
+            states[~np.isfinite(states)] = 0
             targets: TeacherTargets = HiddenTargets(states, None)
         else:
             targets = sparse_rows(rng, tokens[kept], most, numbers)

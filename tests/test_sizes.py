@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from true_kd.cache import SIZE, is_stored
+from true_kd.manifest import SIZE, is_stored
 from true_kd.models import LanguageModel, ModelOptions, open_model
 from true_kd.sizes import ModelSize, machine, measure_size, read_size, size_file, write_size
 

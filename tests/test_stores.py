@@ -12,13 +12,15 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from filelock import FileLock
-from test_cache import killed_at
+from test_cache import killed_at, line_of
 from test_shards import KINDS, assert_same, key_of, make_reply
 
 from true_kd import stores
-from true_kd.cache import FORMAT, TEACHER, CacheIdentity, TargetCache, read_manifest
+from true_kd.budget import Demand, write_demand
+from true_kd.cache import FORMAT, CacheIdentity, TargetCache
 from true_kd.errors import CacheError, InputError, TrueKDError
-from true_kd.files import digest_file, digest_json
+from true_kd.files import digest_file, digest_json, write_record
+from true_kd.manifest import TEACHER, read_manifest
 from true_kd.models.stand_in import read_stand_in, write_stand_in
 from true_kd.sizes import ModelSize, write_size
 from true_kd.stores import checking
@@ -69,16 +71,19 @@ def content(folder: Path) -> dict[str, bytes | str]:
 
 
 def rewrite(folder: Path, alter: Callable[[dict], object]) -> None:
-    """Change each line of a manifest."""
+    """Change each line of a manifest, as one who knows how its check is made."""
+    identity = digest_json(json.loads((folder / "identity.json").read_text()))[:16]
     lines = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
     for line in lines:
+        del line["check"]
         alter(line)
-    (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "manifest.jsonl").write_bytes(b"".join(line_of(line, identity) + b"\n" for line in lines))
 
 
 def shards_of(folder: Path) -> list[Path]:
     """The files of a cache in the manifest's order."""
-    return [folder / name for name in read_manifest(folder)]
+    key = folder.name if stores.reading.is_key(folder.name) else IDENTITY.folder_name
+    return [folder / name for name in read_manifest(folder, key)]
 
 
 @pytest.fixture
@@ -790,6 +795,12 @@ def reidentified(change: Callable[[dict], object]) -> Callable[[Path], None]:
     return alter
 
 
+def replace_text(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
 def keyed(folder: Path) -> None:
     """A copy by hand whose identity was changed."""
     reidentified(lambda identity: identity.update(teacher="b" * 64))(folder)
@@ -810,6 +821,12 @@ TRICKS: dict[str, tuple[Callable[[Path], object], type[TrueKDError]]] = {
     "a nul": (renamed("\0"), CacheError),
     "huge counts": (lambda folder: rewrite(folder, lambda line: line.update(replies=10**30)), CacheError),
     "other counts": (lambda folder: rewrite(folder, lambda line: line.update(replies=9)), CacheError),
+    "a digit of a count": (
+        lambda folder: replace_text(folder / "manifest.jsonl", '"tokens": 10', '"tokens": 11'),
+        CacheError,
+    ),
+    "another share": (reidentified(lambda identity: identity["targets"].update(share=0.5)), CacheError),
+    "another teacher": (reidentified(lambda identity: identity.update(teacher="b" * 64)), CacheError),
     "no digest": (lambda folder: rewrite(folder, lambda line: line.update(sha256="")), CacheError),
     "no manifest": (lambda folder: (folder / "manifest.jsonl").unlink(), CacheError),
     "an empty manifest": (lambda folder: (folder / "manifest.jsonl").write_bytes(b""), InputError),
@@ -891,8 +908,7 @@ def known(tmp_path: Path) -> TargetCache:
     cache = TargetCache(tmp_path / "known", CacheIdentity(facts, IDENTITY.about))
     cache.add({A: make_reply(1)})
     cache.keep(TEACHER, stand_in)
-    demand = {"entries": [2.0, 3.5], "reply_tokens": 4.5, "tokens": 9}
-    cache.keep(DEMAND, lambda path: path.write_text(json.dumps(demand)))
+    cache.keep(DEMAND, lambda path: write_demand(path, Demand((2.0, 3.5), 4.5, 9)))
     cache.keep(SIZE, lambda path: write_size(path, ModelSize(1000, 4000, 12.5)))
     return cache
 
@@ -934,9 +950,11 @@ FALSE: dict[str, tuple[str, Callable[[Path], object]]] = {
     "no weights": (TEACHER, without_weights),
     "no stand-in": (TEACHER, lambda path: path.write_bytes(b"\x02" + bytes(7) + b"{}")),
     "a link": (TEACHER, leading_out),
-    "no numbers": (DEMAND, lambda path: path.write_text('{"entries": ["1"], "reply_tokens": 1, "tokens": 1}')),
-    "a negative demand": (DEMAND, lambda path: path.write_text('{"entries": [-1], "reply_tokens": 1, "tokens": 1}')),
+    "no numbers": (DEMAND, lambda path: write_record(path, {"entries": ["1"], "reply_tokens": 1, "tokens": 1})),
+    "a negative demand": (DEMAND, lambda path: write_demand(path, Demand((-1.0,), 1.0, 1))),
     "an endless demand": (DEMAND, lambda path: path.write_text('{"entries": [Infinity], "reply_tokens": 1}')),
+    "half a demand": (DEMAND, lambda path: write_record(path, {"entries": [1.0], "reply_tokens": 1.0})),
+    "a changed demand": (DEMAND, lambda path: path.write_text('{"entries": [1.0], "reply_tokens": 1.0, "tokens": 1}')),
     "no demand": (DEMAND, lambda path: path.write_text("[" * 60_000)),
     "a huge demand": (DEMAND, lambda path: path.write_bytes(b" " * 100_000)),
     "a negative size": (SIZE, lambda path: path.write_text('{"parameters": -1, "bytes": 1}')),

@@ -6,19 +6,18 @@ identity of everything captured before.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from true_kd.capture import CaptureOptions, TeacherPrompt, response_states, sampling_facts
 from true_kd.errors import InputError
-from true_kd.files import digest_json, write_json
+from true_kd.files import TEMPORARY, digest_json, make_folder, read_record, write_record
+from true_kd.manifest import left_over, remove_left_over, take_lock
 from true_kd.models import LanguageModel, ModelTokenizer, Reply, generate_replies, seed_of, split_head
 from true_kd.shards import estimate_bytes
 from true_kd.targets import TargetOptions, TargetSettings, count_entries
@@ -26,6 +25,7 @@ from true_kd.targets import TargetOptions, TargetSettings, count_entries
 THRESHOLDS = tuple(max(0.001, float(f"{0.5 / 2 ** (step / 2):.3g}")) for step in range(19))
 """The thresholds a budget chooses from, coarsest first: 0.5 to 0.001 in steps of the square root of 2."""
 
+_MOST_BYTES = 2**16
 _PROMPTS = 32
 _TOKENS = 1024
 
@@ -114,13 +114,13 @@ def demand_path(options: TargetOptions, capture: CaptureOptions, text: ModelToke
 
 
 def read_demand(path: Path) -> Demand | None:
-    """A measurement made before; None where there is none, or it cannot be read as one."""
+    """A measurement made before; None where there is none, or it is not as it was written."""
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        record = read_record(path, _MOST_BYTES) or {}
         demand = Demand(
             tuple(float(value) for value in record["entries"]), float(record["reply_tokens"]), int(record["tokens"])
         )
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return None
     numbers = (*demand.entries, demand.reply_tokens)
     sound = len(demand.entries) == len(THRESHOLDS) and all(0 < value < math.inf for value in numbers)
@@ -128,8 +128,17 @@ def read_demand(path: Path) -> Demand | None:
 
 
 def write_demand(path: Path, demand: Demand) -> None:
-    """Keep a measurement for later runs."""
-    write_json(path, asdict(demand))
+    """Write what `read_demand` reads."""
+    write_record(path, asdict(demand))
+
+
+def keep_demand(path: Path, demand: Demand) -> None:
+    """Keep a measurement for later runs, in the folder of all caches; what kills have left of such goes."""
+    make_folder(path.parent)
+    with take_lock(path.parent):
+        names = [name for name in left_over(path.parent, ()) if name.startswith(TEMPORARY)]
+        remove_left_over(path.parent, [name for name in names if name.endswith(path.suffix)])
+        write_demand(path, demand)
 
 
 def measure(

@@ -3,8 +3,9 @@
 A cache is a folder per teacher identity (weights, tokenizer, how much is kept; see `CacheIdentity`). It holds replies
 in shards, as safetensors, and a manifest with one line a file: its name and its SHA-256. The key of a reply is the
 digest of the tokens the teacher was given, and of the sampling where it wrote the reply itself, so an edited prompt
-misses and every other one hits. A shard exists only when its manifest line is whole; one whose bytes do not match
-their digest is as if absent, and its replies are captured again. Shards are read by mapping them into memory.
+misses and every other one hits. A shard exists only when its manifest line is whole, which the line's own check says;
+one whose bytes do not match their digest is as if absent, and its replies are captured again. Shards are read by
+mapping them into memory. Whoever writes holds the folder's lock.
 """
 
 from __future__ import annotations
@@ -22,20 +23,35 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
 from true_kd.errors import CacheError
 from true_kd.files import (
+    TEMPORARY,
+    CannotRead,
     CannotWrite,
     digest_file,
     digest_json,
     expand,
-    make_folder,
-    sync_folder,
+    open_plain,
+    read_plain,
     write_atomic,
     write_json,
 )
-from true_kd.models import STAND_IN
+from true_kd.manifest import (
+    HEAD,
+    MANIFEST,
+    SHARD,
+    Manifest,
+    StoredFile,
+    append_line,
+    is_intact,
+    left_over,
+    load_manifest,
+    read_manifest,
+    remove_left_over,
+    take_lock,
+    write_manifest,
+)
 from true_kd.shards import CachedReply, pack_replies, read_keys, unpack_replies
 from true_kd.targets import TeacherHead
 
@@ -46,16 +62,6 @@ VARIABLE = "TRUE_KD_CACHE"
 """Environment variable: the folder that holds all caches."""
 
 IDENTITY = "identity.json"
-MANIFEST = "manifest.jsonl"
-HEAD = "head.safetensors"
-"""The teacher's output head, beside targets that are hidden states."""
-TEACHER = STAND_IN
-"""All of the teacher but its weights, so that its replies are of use where it is not."""
-DEMAND = re.compile(r"demand-[0-9a-f]{16}\.json")
-"""Names of what a budget was measured to need of the teacher: see `true_kd.budget`."""
-SIZE = re.compile(r"size-[0-9a-f]{16}\.json")
-"""Names of how large and fast the teacher was on a machine: see `true_kd.sizes`."""
-LOCK = ".lock"
 ABOUT = "about.json"
 """For people, and believed by nothing: what the teacher is called, and since when the cache is here."""
 
@@ -95,61 +101,11 @@ def default_root() -> Path:
 
 
 @dataclass(frozen=True)
-class StoredFile:
-    """One line of a manifest."""
+class Loss:
+    """A file of a cache that was damaged or gone, and what it held."""
 
-    name: str
-    sha256: str
+    file: str
     replies: int
-    tokens: int
-
-    @property
-    def line(self) -> bytes:
-        """The line, its end included."""
-        values = (self.name, self.sha256, self.replies, self.tokens)
-        return json.dumps(dict(zip(_LINE, values, strict=True))).encode() + b"\n"
-
-
-_LINE: Mapping[str, type] = {"file": str, "sha256": str, "replies": int, "tokens": int}
-SHARD = re.compile(r"[0-9a-f]{16}\.safetensors")
-"""Names of shards."""
-
-
-def is_stored(name: str) -> bool:
-    """Whether a manifest may name this file: no other is ever read or written because it does."""
-    return name in (HEAD, TEACHER) or any(kind.fullmatch(name) for kind in (SHARD, DEMAND, SIZE))
-
-
-def parse_line(line: bytes) -> StoredFile | None:
-    """A line of a manifest; None for one that a kill cut short, or that says nothing of a cache's file."""
-    try:
-        record = json.loads(line)
-        values = [record[name] for name in _LINE]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-    if not all(type(value) is kind for value, kind in zip(values, _LINE.values(), strict=True)):
-        return None
-    file = StoredFile(*values)
-    counted = 0 <= file.replies < 2**53 and 0 <= file.tokens < 2**53
-    return file if is_stored(file.name) and counted and re.fullmatch(r"[0-9a-f]{64}", file.sha256) else None
-
-
-def read_manifest(folder: Path) -> dict[str, StoredFile]:
-    """The files of a cache by name; lines that a kill cut short, or that mean nothing, are passed over."""
-    path = folder / MANIFEST
-    files: dict[str, StoredFile] = {}
-    try:
-        lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
-        return files
-    except OSError as error:
-        raise CacheError(f"{path}: cannot be read ({error.strerror}), expected a manifest. Check it.") from error
-    for line in lines:
-        if file := parse_line(line):
-            # Of two lines with one file the later counts, also in the order of files.
-            files.pop(file.name, None)
-            files[file.name] = file
-    return files
 
 
 class TargetCache:
@@ -158,9 +114,12 @@ class TargetCache:
     def __init__(self, root: Path, identity: CacheIdentity) -> None:
         self.identity = identity
         self.folder = root / identity.folder_name
-        self._files: dict[str, StoredFile] = {}
+        self._manifest = Manifest({})
+        self._files: Mapping[str, StoredFile] = {}
         self._where: dict[str, list[str]] = {}
         self._whole: dict[StoredFile, bool] = {}
+        if self.folder.is_symlink():
+            raise CacheError(f"{self.folder}: a link, expected a cache's folder. Remove it, or choose another cache.")
         self.refresh()
 
     def __contains__(self, key: str) -> bool:
@@ -169,10 +128,15 @@ class TargetCache:
     def refresh(self) -> None:
         """See what other processes have added, or mended."""
         self._whole = {file: True for file, whole in self._whole.items() if whole}
-        known, self._files = self._files, read_manifest(self.folder)
+        known, self._manifest = self._files, load_manifest(self.folder)
+        self._files = dict(self._manifest.files)
         for name, file in self._files.items():
             if SHARD.fullmatch(name) and (known.get(name) != file or file not in self._whole):
-                self._locate(name, read_keys(self.folder / name))
+                keys = read_keys(self.folder / name)
+                if len(set(keys)) == file.replies:
+                    self._locate(name, keys)
+                else:
+                    self._whole[file] = False
 
     def read(self, keys: Iterable[str], head: TeacherHead | None = None) -> dict[str, CachedReply]:
         """The replies of `keys`, each of which must be present; `head` reads targets that are hidden states.
@@ -184,17 +148,13 @@ class TargetCache:
         """
         wanted: dict[str, list[str]] = {}
         for key in keys:
-            wanted.setdefault(self._find(key) or self._where[key][-1], []).append(key)
+            name = self._find(key) or next(iter(reversed(self._where.get(key, ()))), None)
+            if name is None:
+                raise CacheError(f"{self.folder}: a reply is gone, expected all of them. {_AGAIN}")
+            wanted.setdefault(name, []).append(key)
         found: dict[str, CachedReply] = {}
         for name, members in wanted.items():
-            path = self.folder / name
-            try:
-                content = np.memmap(path, dtype=np.uint8, mode="r")
-                if hashlib.sha256(content).hexdigest() != self._files[name].sha256:
-                    raise ValueError("its digest is not the manifest's")
-                found.update(unpack_replies(content, members, head))
-            except (OSError, KeyError, ValueError, TypeError) as error:
-                raise CacheError(f"{path}: damaged or gone ({error}). Run again: it will be captured anew.") from error
+            found.update(self._unpack(name, members, head))
         with contextlib.suppress(OSError):
             # When it was last used, for `true-kd cache prune`; a read-only disk has to do without.
             os.utime(self.folder / MANIFEST)
@@ -208,7 +168,7 @@ class TargetCache:
         tokens = sum(len(reply.tokens) for reply in replies.values())
         payload = pack_replies(replies)
         name = f"{hashlib.sha256(payload).hexdigest()[:16]}.safetensors"
-        self.add_file(name, len(replies), tokens, lambda path: path.write_bytes(payload))
+        self.add_file(name, len(replies), tokens, lambda path: path.write_bytes(payload), len(payload))
         self._locate(name, replies)
 
     def stored_tokens(self, keys: Iterable[str]) -> int:
@@ -244,33 +204,146 @@ class TargetCache:
     def size(self, keys: Iterable[str]) -> int:
         """Bytes of the shards that hold `keys`, whole files."""
         shards = {self._find(key) for key in keys}
-        return sum((self.folder / shard).stat().st_size for shard in shards if shard)
+        try:
+            return sum((self.folder / shard).stat().st_size for shard in shards if shard)
+        except OSError as error:
+            raise CacheError(f"{self.folder}: a shard is gone ({error.strerror}), expected all. {_AGAIN}") from error
 
-    def add_file(self, name: str, replies: int, tokens: int, write: Callable[[Path], Any]) -> None:
-        """Let `write` fill a file of the cache; it is in the cache when this returns, or not at all."""
-        path = self.folder / name
-        make_folder(self.folder)
-        with FileLock(self.folder / LOCK):
-            if not (self.folder / IDENTITY).exists():
-                write_json(self.folder / IDENTITY, {"format": FORMAT, **self.identity.facts})
-            if not (self.folder / ABOUT).exists():
-                created = datetime.now(UTC).isoformat(timespec="seconds")
-                write_json(self.folder / ABOUT, {"created": created, **self.identity.about})
-            write_atomic(path, write)
-            file = StoredFile(name, digest_file(path), replies, tokens)
+    def add_file(
+        self, name: str, replies: int, tokens: int, write: Callable[[Path], Any], need: int | None = None
+    ) -> None:
+        """Let `write` fill a file of the cache, of `need` bytes; it is in the cache when this returns, or not at all.
+
+        Raises
+        ------
+        CannotWrite
+            when the disk takes less than all of it; what is there then is what was there before.
+        """
+        path, added = self.folder / name, False
+        with take_lock(self.folder):
+            self._describe()
             try:
-                with (self.folder / MANIFEST).open("a+b") as manifest:
-                    # A kill may have left half a line; a line of its own keeps it from spoiling this one.
-                    if manifest.tell() and not _ends_line(manifest):
-                        manifest.write(b"\n")
-                    manifest.write(file.line)
-                    manifest.flush()
-                    os.fsync(manifest.fileno())
-                sync_folder(self.folder)
+                _make_way(path)
+                write_atomic(path, write, need)
+                file = StoredFile(name, digest_file(path), replies, tokens)
+                append_line(self.folder / MANIFEST, file.line(self.folder.name))
+                added = True
             except OSError as error:
-                raise CannotWrite(self.folder / MANIFEST, error) from error
-        self._files[name] = file
+                raise CannotWrite(path, error) from error
+            finally:
+                if not added and name not in read_manifest(self.folder):
+                    remove_left_over(self.folder, [name])
+        self._files = {**self._files, name: file}
         self._whole[file] = True
+
+    def mend(self, lacking: bool) -> list[Loss]:
+        """Drop what is damaged from the cache, and what kills have left in its folder, so that nothing is in the way.
+
+        Where the disk cannot be written nothing happens.
+
+        Parameters
+        ----------
+        lacking
+            whether a reply is missing, so that it is worth looking for damage where nobody has looked yet.
+
+        Returns
+        -------
+        list
+            what was lost: not that which a kill has left half written.
+        """
+        for name in self._files:
+            if not SHARD.fullmatch(name):
+                self._is_whole(name)
+        if lacking:
+            self._look_further()
+        suspects = {file for file in self._files.values() if self._whole.get(file) is False}
+        if not suspects and self._is_tidy():
+            return []
+        try:
+            with take_lock(self.folder):
+                losses = self._mend(suspects)
+        except CannotWrite:
+            return []
+        self.refresh()
+        return losses
+
+    def _mend(self, suspects: set[StoredFile]) -> list[Loss]:
+        """See `mend`; another process may have done it already."""
+        there = (self.folder / MANIFEST).exists()
+        manifest = load_manifest(self.folder)
+        gone = {
+            name: file
+            for name, file in manifest.files.items()
+            if file in suspects and not is_intact(self.folder / name, file.sha256)
+        }
+        stray = left_over(self.folder, manifest.files)
+        unlisted = [name for name in stray if not name.startswith(TEMPORARY)]
+        losses = [Loss(name, file.replies) for name, file in gone.items()]
+        # A kill leaves one shard without its line; more of them are what a manifest has lost.
+        if manifest.spoiled or (unlisted and not there) or len(unlisted) > 1:
+            losses.append(Loss(MANIFEST, sum(len(read_keys(self.folder / name)) for name in unlisted)))
+        if gone or manifest.spoiled or manifest.unfinished:
+            kept = [file for name, file in manifest.files.items() if name not in gone]
+            write_manifest(self.folder, self.folder.name, kept)
+        remove_left_over(self.folder, [*gone, *stray])
+        if there:
+            self._describe()
+        return losses
+
+    def _is_tidy(self) -> bool:
+        """Whether nothing in the folder is in need of mending, as far as can be seen at once."""
+        manifest = self._manifest
+        if manifest.spoiled or manifest.unfinished or (manifest.files and not self._is_described()):
+            return False
+        return not left_over(self.folder, self._files)
+
+    def _look_further(self) -> None:
+        """Compare digests of shards that nobody has asked for: those of up to a gibibyte, as it takes a second each."""
+        left = 2**30
+        for name, file in self._files.items():
+            if SHARD.fullmatch(name) and file not in self._whole:
+                with contextlib.suppress(OSError):
+                    left -= (self.folder / name).stat().st_size
+                if left < 0:
+                    return
+                self._is_whole(name)
+
+    def _describe(self) -> None:
+        """Have the folder say whose it is, and begin the manifest: where it is gone, it was lost."""
+        path = self.folder / IDENTITY
+        if not self._is_described():
+            _make_way(path)
+            write_json(path, {"format": FORMAT, **self.identity.facts})
+        if not (self.folder / ABOUT).exists():
+            created = datetime.now(UTC).isoformat(timespec="seconds")
+            write_json(self.folder / ABOUT, {"created": created, **self.identity.about})
+        try:
+            (self.folder / MANIFEST).touch()
+        except OSError as error:
+            raise CannotWrite(self.folder / MANIFEST, error) from error
+
+    def _is_described(self) -> bool:
+        try:
+            return digest_json(json.loads(read_plain(self.folder / IDENTITY, 2**20))) == self.identity.key
+        except (FileNotFoundError, CannotRead, ValueError, RecursionError):
+            return False
+
+    def _unpack(self, name: str, keys: Iterable[str], head: TeacherHead | None) -> dict[str, CachedReply]:
+        path = self.folder / name
+        try:
+            with open_plain(path) as opened:
+                if hashlib.file_digest(opened, "sha256").hexdigest() != self._files[name].sha256:
+                    raise ValueError("its digest is not the manifest's")
+                content = np.memmap(opened, dtype=np.uint8, mode="r")
+        except (OSError, KeyError, ValueError) as error:
+            raise CacheError(f"{path}: damaged or gone ({error}). {_AGAIN}") from error
+        try:
+            return unpack_replies(content, keys, head)
+        except (KeyError, ValueError, TypeError) as error:
+            raise CacheError(
+                f"{path}: has its digest and is no shard ({error}), expected one. Run `true-kd cache verify --remove`, "
+                "and run again: it will be captured anew."
+            ) from error
 
     def _locate(self, name: str, keys: Iterable[str]) -> None:
         """Note that a shard holds the replies of `keys`."""
@@ -285,14 +358,18 @@ class TargetCache:
         return next((name for name in reversed(self._where.get(key, ())) if self._is_whole(name)), None)
 
     def _is_whole(self, name: str) -> bool:
-        file, path = self._files.get(name), self.folder / name
+        file = self._files.get(name)
         if file is None:
             return False
         if file not in self._whole:
-            self._whole[file] = path.is_file() and digest_file(path) == file.sha256
+            self._whole[file] = is_intact(self.folder / name, file.sha256)
         return self._whole[file]
 
 
-def _ends_line(file: Any) -> bool:
-    file.seek(-1, os.SEEK_END)
-    return file.read(1) == b"\n"
+_AGAIN = "Run again: it will be captured anew."
+
+
+def _make_way(path: Path) -> None:
+    """Remove an empty folder from the place of a file; one that holds something is somebody's."""
+    with contextlib.suppress(OSError):
+        path.rmdir()

@@ -42,8 +42,8 @@ class CaptureOptions(SamplingOptions):
 
     seed: int = 0
     """Seed of the teacher's sampling; apart from the run's own seed, so that other seeds reuse the cache."""
-    shard_prompts: PositiveInt = 64
-    """Replies written to the cache at a time: what a kill can lose, beside those being written."""
+    shard_prompts: PositiveInt = 128
+    """Prompts that are answered together and written to the cache as one file: what a kill can lose."""
 
 
 @dataclass(frozen=True)
@@ -95,32 +95,36 @@ def capture(
 ) -> Iterator[CaptureProgress]:
     """Fill the cache with the replies it lacks, a shard at a time; yields after every decoding step.
 
+    Which prompts are answered together does not depend on what the cache holds, but for the prompts of one shard: the
+    logits of a reply differ in their last bits with its neighbours, and a capture that was killed has to go on as if
+    it had not been.
+
     Raises
     ------
     ModelError
         when hidden states are wanted of a teacher whose output head is more than one linear map, or when the teacher
         cannot be taken apart.
     """
-    missing = {prompt.key: prompt for prompt in prompts if prompt.key not in cache}
-    total = len({prompt.key for prompt in prompts})
-    done, tokens, start = total - len(missing), 0, time.perf_counter()
+    asked = {prompt.key: prompt for prompt in prompts}
+    missing = {key for key in asked if key not in cache}
+    done, tokens, start = len(asked) - len(missing), 0, time.perf_counter()
     scorer = _Scorer(teacher, settings)
     if settings.kind == "hidden":
         cache.add_head(lambda path: save_head(teacher.module, path))
-    yield CaptureProgress(done, total, 0, 0.0)
-    shard: dict[str, CachedReply] = {}
-    for reply in _all_replies(teacher, list(missing.values()), scorer, options, settings):
-        if isinstance(reply, int):
-            tokens += reply
-        else:
-            shard[reply[0]] = reply[1]
-            done += 1
-            if len(shard) >= options.shard_prompts:
-                cache.add(shard)
-                shard = {}
-        yield CaptureProgress(done, total, tokens, time.perf_counter() - start)
-    if shard:
-        cache.add(shard)
+    yield CaptureProgress(done, len(asked), 0, 0.0)
+    for first in range(0, len(asked), options.shard_prompts):
+        together = list(asked.values())[first : first + options.shard_prompts]
+        shard: dict[str, CachedReply] = {}
+        wanted = [prompt for prompt in together if prompt.key in missing]
+        for reply in _all_replies(teacher, wanted, scorer, options, settings):
+            if isinstance(reply, int):
+                tokens += reply
+            else:
+                shard[reply[0]] = reply[1]
+                done += 1
+                if len(shard) == len(wanted):
+                    cache.add(shard)
+            yield CaptureProgress(done, len(asked), tokens, time.perf_counter() - start)
 
 
 def _all_replies(
@@ -233,6 +237,8 @@ class _Scorer:
         tokens = np.array(response, dtype=np.int32)
         chunks = [states[at : at + self._CHUNK] for at in range(0, len(response), self._CHUNK)]
         if self._settings.kind == "hidden":
+            if not mx.all(mx.isfinite(states)).item():
+                raise ModelError("teacher: its hidden states are not finite numbers. Choose another model.")
             stored = np.array(states.astype(mx.float16))
             if not np.isfinite(stored).all():
                 raise ModelError("teacher: a hidden state overflows 16 bits, expected less than 65504. Use preset hot.")

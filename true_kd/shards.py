@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
+from true_kd.files import open_plain
 from true_kd.targets import (
     HiddenTargets,
     SparseTargets,
@@ -124,9 +125,16 @@ _HEADER_BYTES = 1000
 
 
 def read_keys(path: Path) -> list[str]:
-    """The keys of a shard in their order, unverified; none where the file cannot be read as one."""
+    """The keys of a shard in their order, unverified; none where there is no such file, or it is no shard.
+
+    Raises
+    ------
+    CannotRead
+        when it is there, and cannot be read.
+    """
     try:
-        tensors, numbers = _map_tensors(np.memmap(path, dtype=np.uint8, mode="r"))
+        with open_plain(path) as opened:
+            tensors, numbers = _map_tensors(np.memmap(opened, dtype=np.uint8, mode="r"))
         return _keys(tensors["keys"], numbers["replies"])
     except (OSError, ValueError, KeyError, TypeError):
         return []
@@ -169,7 +177,11 @@ def unpack_replies(content: np.ndarray, keys: Iterable[str], head: TeacherHead |
             tokens[kept] = targets.labels
             loose, first = ~mask[start:stop], start - int(rows[start])
         else:
-            targets = HiddenTargets(tensors["states"][rows[start] : rows[stop]], head)
+            states = tensors["states"][rows[start] : rows[stop]]
+            # A few rows at a time: a mask of all of them would be gigabytes.
+            if not all(np.isfinite(states[at : at + 64]).all() for at in range(0, len(states), 64)):
+                raise ValueError("hidden states that are not finite numbers")
+            targets = HiddenTargets(states, head)
             loose, first = np.ones(stop - start, dtype=bool), start
         if loose.any():
             tokens[loose] = unpack_bits(tensors["tokens"], numbers["token_bits"], first, int(loose.sum()))

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from true_kd import stores
-from true_kd.cache import DEMAND, TEACHER, default_root
+from true_kd.cache import default_root
 from true_kd.errors import CacheError, InputError
 from true_kd.files import expand
+from true_kd.manifest import DEMAND, TEACHER
 from true_kd.stores import Store
 from true_kd.suggest import printable
 from true_kd.targets import Preset, TargetOptions

@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from safetensors import safe_open
 
-from true_kd.cache import DEMAND, HEAD, LOCK, MANIFEST, SIZE, TEACHER, StoredFile
 from true_kd.errors import EnvironmentProblem, TrueKDError
-from true_kd.files import TEMPORARY, CannotWrite, write_atomic
-from true_kd.models import read_stand_in
+from true_kd.files import TEMPORARY, open_plain, read_record
+from true_kd.manifest import DEMAND, HEAD, MANIFEST, SIZE, TEACHER, StoredFile, take_lock, write_manifest
+from true_kd.models import load_head, read_stand_in
 from true_kd.shards import CachedReply, read_keys, unpack_replies
 from true_kd.sizes import read_size
-from true_kd.stores.reading import Store, brief, open_plain, read_plain, read_store, settings_of
+from true_kd.stores.reading import Store, brief, read_store, settings_of
 from true_kd.targets import SparseTargets, TeacherHead
 
 _PATIENCE = 30.0
@@ -64,6 +64,9 @@ def verify(store: Store, deep: bool = True) -> Iterator[Finding]:
     """Check every file of a cache against its digest and, when `deep`, that it unpacks to what it should hold."""
     for file in store.files.values():
         yield check_file(store.folder, file, store.identity, deep)
+    if store.spoiled:
+        what = "1 line was" if store.spoiled == 1 else f"{store.spoiled:,} lines were"
+        yield Finding(MANIFEST, "damaged", f"{what} changed")
     if store.settings.get("kind") == "hidden" and store.shards and HEAD not in store.files:
         yield Finding(HEAD, "missing", "not in the manifest")
     for name in store.stray:
@@ -75,9 +78,10 @@ def check_file(folder: Path, file: StoredFile, identity: Mapping[str, Any], deep
     path = folder / file.name
     try:
         with open_plain(path) as opened:
+            # Read and not mapped: a bad block of the disk is an error then, where it would end the process.
+            if hashlib.file_digest(opened, "sha256").hexdigest() != file.sha256:
+                raise ValueError("its digest is not the manifest's")
             content = np.memmap(opened, dtype=np.uint8, mode="r")
-        if hashlib.sha256(content).hexdigest() != file.sha256:
-            raise ValueError("its digest is not the manifest's")
         if deep and file.name == HEAD:
             _check_head(path)
         elif deep and file.name == TEACHER:
@@ -101,7 +105,7 @@ def check_file(folder: Path, file: StoredFile, identity: Mapping[str, Any], deep
 
 
 def drop_damaged(store: Store, findings: Iterable[Finding]) -> tuple[str, ...]:
-    """Remove damaged files, and the lines of these and of missing ones, so that their replies are captured again.
+    """Remove damaged files and lines, and the lines of missing files, so that their replies are captured again.
 
     Returns
     -------
@@ -109,19 +113,19 @@ def drop_damaged(store: Store, findings: Iterable[Finding]) -> tuple[str, ...]:
         the names that are gone; not among them is a file that was written anew since it was found damaged.
     """
     with hold(store.folder):
-        files = read_store(store.folder).files
+        current = read_store(store.folder)
+        files = current.files
         gone = [
             finding.file
             for finding in findings
             if finding.is_damage and finding.file in files
             if check_file(store.folder, files[finding.file], store.identity).is_damage
         ]
-        if gone:
-            lines = b"".join(file.line for name, file in files.items() if name not in gone)
-            write_atomic(store.folder / MANIFEST, lambda temporary: temporary.write_bytes(lines))
+        if gone or current.spoiled:
+            write_manifest(store.folder, store.key, (file for name, file in files.items() if name not in gone))
         for name in gone:
             remove(store.folder / name)
-    return tuple(gone)
+    return (*gone, *([MANIFEST] if current.spoiled else []))
 
 
 @contextlib.contextmanager
@@ -133,17 +137,12 @@ def hold(folder: Path, patience: float | None = None) -> Iterator[None]:
     StoreBusy
         when another process still holds it after `patience` seconds.
     """
-    lock = FileLock(folder / LOCK, timeout=_PATIENCE if patience is None else patience)
     try:
-        lock.acquire()
+        lock = take_lock(folder, _PATIENCE if patience is None else patience)
     except Timeout as error:
         raise StoreBusy(folder) from error
-    except OSError as error:
-        raise CannotWrite(folder / LOCK, error) from error
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 def remove(path: Path) -> None:
@@ -155,9 +154,7 @@ def remove(path: Path) -> None:
 
 
 def _check_head(path: Path) -> None:
-    with safe_open(path, framework="np") as opened:
-        json.loads((opened.metadata() or {})["packing"])
-        opened.get_slice("weight")
+    load_head(path)
 
 
 def _check_teacher(path: Path, identity: Mapping[str, Any]) -> None:
@@ -166,7 +163,7 @@ def _check_teacher(path: Path, identity: Mapping[str, Any]) -> None:
 
 
 def _check_demand(path: Path) -> None:
-    record = json.loads(read_plain(path, 2**16))
+    record = read_record(path, 2**16) or {}
     numbers = [*record["entries"], record["reply_tokens"], record["tokens"]]
     if not all(type(number) in (int, float) and 0 < number < math.inf for number in numbers):
         raise ValueError("not what a budget is measured to need")

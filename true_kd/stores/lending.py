@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from true_kd.cache import TEACHER
 from true_kd.errors import CacheError, InputError
+from true_kd.manifest import TEACHER
 from true_kd.stores.checking import check_file
 from true_kd.stores.reading import find
 from true_kd.stores.transfer import other_format

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from true_kd.cache import IDENTITY, LOCK, MANIFEST
+from true_kd.cache import IDENTITY
 from true_kd.errors import CacheError, InputError
+from true_kd.manifest import LOCK, MANIFEST
 from true_kd.stores.checking import hold, remove
 from true_kd.stores.reading import Store, read_store
 from true_kd.suggest import quote

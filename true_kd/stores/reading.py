@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import re
@@ -12,25 +11,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from true_kd.cache import ABOUT, FORMAT, IDENTITY, LOCK, MANIFEST, SHARD, StoredFile, is_stored, read_manifest
-from true_kd.errors import CacheError, EnvironmentProblem, InputError
-from true_kd.files import TEMPORARY, digest_json
+from true_kd.cache import ABOUT, FORMAT, IDENTITY
+from true_kd.errors import CacheError, InputError
+from true_kd.files import TEMPORARY, CannotRead, digest_json, read_plain
+from true_kd.manifest import LOCK, MANIFEST, SHARD, Manifest, StoredFile, is_stored, load_manifest
 from true_kd.suggest import printable, quote
 
 _NAME = re.compile(r"[0-9a-f]{16}")
 _KNOWN = {IDENTITY, MANIFEST, ABOUT, LOCK, ".DS_Store"}
 _MOST_JSON = 2**20
-MOST_MANIFEST = 2**28
-"""Bytes of a manifest: a million lines and more."""
-
-
-class CannotRead(EnvironmentProblem):
-    """A file or folder cannot be read, which says nothing of what it holds."""
-
-    def __init__(self, path: Path, error: OSError) -> None:
-        super().__init__(f"{path}: cannot be read ({error.strerror}). Check its permissions and the disk.")
+_LEFT = "The next run with this teacher and these targets mends it; until then true-kd leaves it alone."
 
 
 @dataclass(frozen=True)
@@ -52,6 +44,8 @@ class Store:
     """ISO 8601, as about.json has it."""
     last_used: float
     """When replies were last read or added, seconds since 1970."""
+    spoiled: int = 0
+    """Lines of the manifest that were changed since they were written."""
 
     @property
     def key(self) -> str:
@@ -181,13 +175,15 @@ def read_store(folder: Path) -> Store:
     if digest != folder.name:
         raise CacheError(
             f"{folder / IDENTITY}: its digest begins with {digest}, expected the folder's name: it was changed, or is "
-            "none. true-kd leaves it alone."
+            f"none. {_LEFT}"
         )
     about = read_about(folder)
+    manifest = load_manifest(folder) if identity["format"] == FORMAT else Manifest({})
     return Store(
         folder=folder,
         identity=identity,
-        files=_read_files(folder) if identity["format"] == FORMAT and MANIFEST in sizes else {},
+        files=manifest.files,
+        spoiled=manifest.spoiled,
         sizes=sizes,
         others=others,
         teacher=about.get("teacher") or printable(str(identity.get("teacher")))[:12],
@@ -211,11 +207,9 @@ def read_identity(folder: Path) -> dict[str, Any]:
             raise ValueError("no object with a format")
         digest_json(identity)
     except FileNotFoundError as error:
-        raise CacheError(f"{folder}: no {IDENTITY}, expected a cache's folder. true-kd leaves it alone.") from error
+        raise CacheError(f"{folder}: no {IDENTITY}, expected a cache's folder. {_LEFT}") from error
     except (ValueError, RecursionError) as error:
-        raise CacheError(
-            f"{path}: not an identity ({brief(error)}), expected what true-kd writes. true-kd leaves it alone."
-        ) from error
+        raise CacheError(f"{path}: not an identity ({brief(error)}), expected what true-kd writes. {_LEFT}") from error
     return identity
 
 
@@ -236,42 +230,6 @@ def read_about(folder: Path) -> dict[str, str]:
     except (FileNotFoundError, CannotRead, ValueError, RecursionError, AttributeError, KeyError, TypeError):
         pass
     return shown
-
-
-def open_plain(path: Path) -> BinaryIO:
-    """Open a plain file to read it; a link, a pipe or a device is refused at once.
-
-    Raises
-    ------
-    ValueError
-        when it is no plain file.
-    FileNotFoundError, CannotRead
-        when it is not there, or cannot be read.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EOPNOTSUPP):
-            raise ValueError("a link or a socket, expected a plain file") from error
-        raise CannotRead(path, error) from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise ValueError("a folder, a pipe or a device, expected a plain file")
-    return os.fdopen(descriptor, "rb")
-
-
-def read_plain(path: Path, most: int) -> bytes:
-    """The content of a plain file; see `open_plain`, and a ValueError for one of more than `most` bytes."""
-    with open_plain(path) as file:
-        try:
-            content = file.read(most + 1)
-        except OSError as error:
-            raise CannotRead(path, error) from error
-    if len(content) > most:
-        raise ValueError(f"larger than {most // 2**20} MiB")
-    return content
 
 
 def names_in(folder: Path) -> list[str]:
@@ -315,17 +273,6 @@ def _list_files(folder: Path) -> tuple[dict[str, int], tuple[str, ...], float]:
         raise CannotRead(folder, error) from error
     # Up to the year 9892, whatever the disk says: what `datetime` can tell.
     return sizes, tuple(sorted(others)), min(used, 250e9)
-
-
-def _read_files(folder: Path) -> dict[str, StoredFile]:
-    try:
-        if (folder / MANIFEST).stat().st_size > MOST_MANIFEST:
-            raise CacheError(
-                f"{folder / MANIFEST}: larger than 256 MiB, expected a line a file. true-kd leaves it alone."
-            )
-        return read_manifest(folder)
-    except OSError as error:
-        raise CannotRead(folder / MANIFEST, error) from error
 
 
 def _read_json(path: Path) -> Any:

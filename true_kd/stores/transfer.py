@@ -16,34 +16,29 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from true_kd.cache import (
-    ABOUT,
-    FORMAT,
-    HEAD,
-    IDENTITY,
-    LOCK,
-    MANIFEST,
-    SHARD,
-    CacheIdentity,
-    StoredFile,
-    TargetCache,
-    parse_line,
-)
+from true_kd.cache import ABOUT, FORMAT, IDENTITY, CacheIdentity, TargetCache
 from true_kd.errors import CacheError, InputError
-from true_kd.files import TEMPORARY, CannotWrite, make_folder, sync_folder, write_atomic, write_json
+from true_kd.files import (
+    TEMPORARY,
+    CannotRead,
+    CannotWrite,
+    make_folder,
+    open_plain,
+    read_plain,
+    sync_folder,
+    write_atomic,
+    write_json,
+)
+from true_kd.manifest import HEAD, LOCK, MANIFEST, MOST_MANIFEST, SHARD, StoredFile, parse_line, write_manifest
 from true_kd.shards import read_keys
 from true_kd.stores.checking import check_file, hold, remove
 from true_kd.stores.reading import (
-    MOST_MANIFEST,
-    CannotRead,
     Store,
     is_key,
     is_ours,
     names_in,
-    open_plain,
     read_about,
     read_identity,
-    read_plain,
     read_store,
     settings_of,
 )
@@ -79,12 +74,12 @@ def export_store(store: Store, destination: Path) -> Moved:
     make_folder(destination.parent)
     with _staging(destination.parent / f"{TEMPORARY}export-{store.key}") as folder:
         for file in store.files.values():
-            write_atomic(folder / file.name, partial(_copy, store.folder / file.name, file.sha256))
+            copy = partial(_copy, store.folder / file.name, file.sha256)
+            write_atomic(folder / file.name, copy, store.sizes.get(file.name))
         size = sum((folder / name).stat().st_size for name in store.files)
         write_json(folder / IDENTITY, dict(store.identity))
         write_json(folder / ABOUT, read_about(store.folder))
-        lines = b"".join(file.line for file in store.files.values())
-        write_atomic(folder / MANIFEST, lambda temporary: temporary.write_bytes(lines))
+        write_manifest(folder, store.key, store.files.values())
         try:
             (folder / LOCK).unlink()
             folder.rename(destination)
@@ -109,12 +104,14 @@ def import_store(source: Path, root: Path) -> Moved:
     identity, files = _check_source(source)
     _check_target(root / identity.folder_name)
     cache = TargetCache(root, identity)
+    cache.mend(lacking=True)
     copied, size = [], 0
     try:
         for file in files:
             if not _has(cache, source, file):
                 copy = partial(_copy, source / file.name, file.sha256)
-                cache.add_file(file.name, file.replies, file.tokens, copy)
+                need = (source / file.name).stat().st_size
+                cache.add_file(file.name, file.replies, file.tokens, copy, need)
                 size += (cache.folder / file.name).stat().st_size
                 copied.append(file)
     except OSError as error:
@@ -180,7 +177,7 @@ def _check_source(source: Path) -> tuple[CacheIdentity, list[StoredFile]]:
             f"{source / IDENTITY}: its digest begins with {identity.folder_name}, expected the folder's name. It was "
             "changed, so the replies are not what it says; nothing was imported."
         )
-    files = _read_manifest(source / MANIFEST)
+    files = _read_manifest(source / MANIFEST, identity.folder_name)
     findings = [check_file(source, file, written) for file in files.values()]
     faults = [f"{finding.file} ({finding.reason})" for finding in findings if finding.state != "whole"]
     if settings_of(written).get("kind") == "hidden" and HEAD not in files:
@@ -191,20 +188,22 @@ def _check_source(source: Path) -> tuple[CacheIdentity, list[StoredFile]]:
     return identity, list(files.values())
 
 
-def _read_manifest(path: Path) -> dict[str, StoredFile]:
+def _read_manifest(path: Path, key: str) -> dict[str, StoredFile]:
     """The files that a stranger's manifest names; unlike in a cache of one's own, every line must be right."""
     files: dict[str, StoredFile] = {}
     try:
-        lines = read_plain(path, MOST_MANIFEST).splitlines()
+        content = read_plain(path, MOST_MANIFEST)
     except (FileNotFoundError, ValueError) as error:
         why = "not there" if isinstance(error, FileNotFoundError) else error
         raise CacheError(f"{path}: {why}, expected the manifest of a cache. Nothing was imported.") from error
-    for number, line in enumerate(lines, 1):
-        file = parse_line(line)
+    lines = content.removesuffix(b"\n").split(b"\n")
+    for number, line in enumerate(lines if content else [], 1):
+        file = parse_line(line, key)
         if file is None:
             raise CacheError(
-                f"{path}:{number}: names no file of a cache with its digest and counts, as every line is expected to. "
-                "Nothing was imported; make the folder with `true-kd cache export`."
+                f"{path}:{number}: names no file of a cache with its digest, counts and check, as every line is "
+                f"expected to, or {IDENTITY} was changed. Nothing was imported; make the folder with "
+                "`true-kd cache export`."
             )
         files.pop(file.name, None)
         files[file.name] = file
