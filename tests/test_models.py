@@ -328,10 +328,13 @@ def test_the_digest_ignores_what_no_one_reads(student_folder: Path, tmp_path: Pa
     assert digest_of(folder) == digest_of(student_folder)
 
 
-def test_the_digest_takes_the_hub_cache_at_its_word(student_folder: Path, tmp_path: Path) -> None:
+def test_the_digest_takes_the_hub_cache_at_its_word(
+    student_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The hub names a blob by its SHA-256, so a snapshot of links and a folder of files are one model."""
     import hashlib
 
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
     blobs.mkdir()
     snapshot.mkdir()
@@ -402,7 +405,10 @@ def test_only_a_teacher_can_do_without_weights(student_folder: Path, tmp_path: P
         describe(options, "student")
 
 
-def test_a_file_that_is_not_what_its_digest_says_gets_no_stand_in(student_folder: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_not_what_its_digest_says_gets_no_stand_in(
+    student_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     folder = copy_model(student_folder, tmp_path / "model")
     (tmp_path / "blobs").mkdir()
     (folder / "tokenizer.json").rename(tmp_path / "blobs" / ("0" * 64))

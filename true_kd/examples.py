@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from true_kd.errors import InputError
+from true_kd.models import TemplateRefusal, TemplateStopped, apply_template
 from true_kd.prompts import Prompt
 from true_kd.targets import TeacherTargets
 
@@ -77,6 +78,16 @@ class TemplateError(InputError):
         )
 
 
+class TemplateOverrunError(InputError):
+    """A model's chat template computes, stores or writes more than any template needs."""
+
+    def __init__(self, where: str, model: str, reason: str) -> None:
+        super().__init__(
+            f"{where}: the chat template of {model} was stopped, because {reason}. Such a template is broken or "
+            "hostile: choose another model."
+        )
+
+
 def render(prompt: Prompt, tokenizer: Any, stop_ids: Sequence[int], model: str) -> Rendered:
     """Token ids of a prompt by a model's own chat template, ready for a reply.
 
@@ -86,6 +97,8 @@ def render(prompt: Prompt, tokenizer: Any, stop_ids: Sequence[int], model: str) 
     ------
     TemplateError
         when the template fails on the conversation, or there is none for a conversation of several messages.
+    TemplateOverrunError
+        when the template had to be stopped.
     """
     if prompt.text is not None:
         tokens = list(tokenizer.encode(prompt.text))
@@ -112,17 +125,13 @@ def render(prompt: Prompt, tokenizer: Any, stop_ids: Sequence[int], model: str) 
 def _apply(
     prompt: Prompt, messages: list[dict[str, Any]], tokenizer: Any, model: str, *, add_generation_prompt: bool
 ) -> list[int]:
-    from jinja2.exceptions import TemplateError as JinjaError
-
     tools = [_plain(tool) for tool in prompt.tools] if prompt.tools else None
     try:
-        return list(
-            tokenizer.apply_chat_template(
-                messages, tools=tools, add_generation_prompt=add_generation_prompt, date_string=_DATE
-            )
-        )
-    except (JinjaError, TypeError, ValueError, KeyError) as error:
+        return apply_template(tokenizer, messages, tools, _DATE, add_generation_prompt=add_generation_prompt)
+    except TemplateRefusal as error:
         raise TemplateError(prompt.where, model, " ".join(str(error).split())[:160]) from error
+    except TemplateStopped as error:
+        raise TemplateOverrunError(prompt.where, model, str(error)) from error
 
 
 _DATE = "26 Jul 2024"

@@ -7,10 +7,12 @@ cannot spoil a terminal or a log.
 from __future__ import annotations
 
 import difflib
+import re
 import unicodedata
 from collections.abc import Iterable
 
 _SHOWN = 60
+_LOOKED_AT = 2**16
 
 # "mdl" is 0.75 like "model"; "conversations" is 0.61 like "completion", and 0.6 is the default of difflib.
 _LIKE = 0.7
@@ -39,8 +41,22 @@ def percent(share: float) -> str:
     return "0%" if text == "-0%" else text
 
 
+_USER_INFO = re.compile(r"(?<=://)[^/\s'\"]+(?=@)")
+# Each of them linear: what is looked at can be long, and hostile.
+_NAMED = re.compile(r"(?i)((?:token|password|passwd|secret|signature|api_?key|access_?key)=)[^&\s'\"]{6,}")
+_TOKEN = re.compile(r"\b(hf_|sk-|gh[opsu]_|github_pat_|glpat-|xox[abps]-|AKIA|ASIA|AIza)[A-Za-z0-9_-]{12,}")
+
+
+def redact(text: str) -> str:
+    """`text` without what looks like a secret: the user of an address, `token=...`, and access tokens by their form."""
+    text = _USER_INFO.sub("***", text)
+    text = _NAMED.sub(r"\1***", text)
+    return _TOKEN.sub(r"\1***", text)
+
+
 def quote(text: str) -> str:
-    """`text` in quotes on one line: control and surrogate codes escaped, cut after 60 characters."""
+    """`text` in quotes on one line: no secrets, control and surrogate codes escaped, cut after 60 characters."""
+    text = redact(text[:_LOOKED_AT])
     return repr(text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "...")
 
 

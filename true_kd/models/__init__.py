@@ -4,6 +4,7 @@ Nothing outside this package imports `mlx_lm`, which changes often and takes nea
 imports of `mlx_lm` stand in the functions that need them.
 """
 
+from true_kd.models.finite import is_finite
 from true_kd.models.generation import (
     DecodingStep,
     Reply,
@@ -13,6 +14,7 @@ from true_kd.models.generation import (
     uniforms_of,
 )
 from true_kd.models.heads import Split, load_head, save_head, split_head
+from true_kd.models.inspection import check_safetensors
 from true_kd.models.lora import (
     LoraOptions,
     add_lora,
@@ -28,16 +30,19 @@ from true_kd.models.opening import (
     ModelOptions,
     ModelTokenizer,
     describe,
+    known_digests,
     locate,
     open_model,
     open_skeleton,
     open_tokenizer,
     release_memory,
     save_stand_in,
+    take_over_digests,
 )
 from true_kd.models.recomputation import recompute_layers
 from true_kd.models.speed import decoding_speed
 from true_kd.models.stand_in import STAND_IN, StandIn, read_stand_in
+from true_kd.models.templates import TemplateRefusal, TemplateStopped, apply_template
 from true_kd.models.text import token_pieces
 
 __all__ = [
@@ -52,12 +57,18 @@ __all__ = [
     "SamplingOptions",
     "Split",
     "StandIn",
+    "TemplateRefusal",
+    "TemplateStopped",
     "add_lora",
+    "apply_template",
     "attach_adapter",
     "check_keys",
+    "check_safetensors",
     "decoding_speed",
     "describe",
     "generate_replies",
+    "is_finite",
+    "known_digests",
     "load_head",
     "locate",
     "lora_parameters",
@@ -72,6 +83,7 @@ __all__ = [
     "save_stand_in",
     "seed_of",
     "split_head",
+    "take_over_digests",
     "token_pieces",
     "trainable",
     "uniforms_of",

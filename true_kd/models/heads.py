@@ -17,6 +17,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from true_kd.errors import ModelError
+from true_kd.files import save_tensors
+from true_kd.models.finite import is_finite
+from true_kd.models.inspection import check_safetensors
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ def save_head(module: nn.Module, path: Path) -> None:
     Raises
     ------
     ModelError
-        when the head is not one plain linear layer or embedding, such as one that bears an adapter.
+        when the head is not one plain linear layer or embedding, such as one that bears an adapter, or not of finite
+        numbers.
     """
     split = split_head(module)
     layer = _at(module, split.layer)
@@ -76,12 +80,25 @@ def save_head(module: nn.Module, path: Path) -> None:
         )
     packing = {name: getattr(layer, name) for name in ("group_size", "bits", "mode") if hasattr(layer, name)}
     arrays = {name: value for name, value in layer.parameters().items() if isinstance(value, mx.array)}
-    mx.save_safetensors(str(path), arrays, metadata={"packing": json.dumps(packing)})
+    if not is_finite(arrays).item():
+        raise ModelError("teacher: its output head is not of finite numbers, expected sound weights. Choose another.")
+    save_tensors(path, arrays, {"packing": json.dumps(packing)})
 
 
 def load_head(path: Path) -> Callable[[mx.array], mx.array]:
-    """The output head of a file that `save_head` wrote: hidden states to logits."""
+    """The output head of a file that `save_head` wrote: hidden states to logits.
+
+    Raises
+    ------
+    ValueError, KeyError, OSError
+        when it is not what `save_head` writes.
+    """
+    shapes = check_safetensors(path)
+    if len(shapes.get("weight", ())) != 2 or not set(shapes) <= {"weight", "bias", "scales", "biases"}:
+        raise ValueError("no output head")
     arrays, metadata = mx.load(str(path), return_metadata=True)
+    if not is_finite(arrays).item():
+        raise ValueError("numbers that are not finite")
     packing = json.loads(metadata["packing"])
     weight, bias = arrays["weight"], arrays.get("bias")
     scales = arrays.get("scales")
@@ -234,4 +251,4 @@ def _output_layer(module: nn.Module, place: str, states: mx.array, vocab: int) -
 def _agree(head: Callable[[mx.array], mx.array], linear: Callable[[mx.array], mx.array], states: mx.array) -> bool:
     """Whether a head is a linear map to the last bit, seen where soft-capping would show: at large logits, not at 0."""
     found = head(8 * states)
-    return mx.any(found != 0).item() and mx.array_equal(found, linear(8 * states)).item()
+    return mx.any(found != 0).item() and mx.array_equal(found, linear(8 * states), equal_nan=True).item()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from mlx.utils import tree_flatten
 from pydantic import Field, field_validator
 
 from true_kd.errors import InputError
+from true_kd.models.inspection import check_safetensors, read_json
 from true_kd.options import Options, PositiveInt
 from true_kd.suggest import did_you_mean
 
@@ -67,8 +69,14 @@ def check_keys(module: nn.Module, options: LoraOptions) -> None:
         within = sorted(name for name, layer in module.layers[-1].named_modules() if name and "weight" in layer)
         raise InputError(
             f"lora.keys: no layer of the student is called {', '.join(unknown) or 'nothing'}"
-            f"{did_you_mean(unknown[0], within) if unknown else ''}. Expected some of: {', '.join(within)}."
+            f"{_meant(unknown[0], within) if unknown else ''}. Expected some of: {', '.join(within)}."
         )
+
+
+def _meant(key: str, within: Sequence[str]) -> str:
+    """The layer that was probably meant: other tools name it by the last part of its name."""
+    same = next((name for name in within if name.rpartition(".")[2] == key), None)
+    return did_you_mean(key, within) if same is None else f"; did you mean '{same}'?"
 
 
 def lora_parameters(options: LoraOptions) -> dict[str, Any]:
@@ -99,11 +107,12 @@ def attach_adapter(module: nn.Module, folder: Path, weights: str) -> tuple[set[s
     """
     from mlx_lm.tuner.utils import load_adapters
 
+    read_json(folder / "adapter_config.json")
+    shapes = check_safetensors(folder / weights)
     load_adapters(module, str(folder))
     taken = {name for name, _ in tree_flatten(module.parameters()) if name.rsplit(".", 1)[-1] in _ADAPTER_LEAVES}
-    found = set(mx.load(str(folder / weights)))
     mx.eval(module.parameters())
-    return found, taken
+    return set(shapes), taken
 
 
 _ADAPTER_LEAVES = ("lora_a", "lora_b", "m")

@@ -1,19 +1,18 @@
 """Finds models, takes their digests and opens them.
 
-No code from a model folder is ever run: `trust_remote_code` is passed as False everywhere, and only safetensors are
-read.
+No code from a model folder is ever run: `trust_remote_code` is passed as False everywhere, only safetensors are read,
+and no library opens a file that `inspection` has not looked at.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import json
+import re
 import resource
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,12 +23,21 @@ from pydantic import Field
 
 from true_kd import pocket
 from true_kd.backend import device_name
-from true_kd.errors import ModelError
+from true_kd.errors import ModelError, TrueKDError
 from true_kd.files import digest_file, digest_json, expand
+from true_kd.models.inspection import (
+    check_configs,
+    check_folder,
+    check_weights,
+    is_hub_blob,
+    path_keys,
+    plain_size,
+    read_json,
+)
 from true_kd.models.lora import attach_adapter
 from true_kd.models.stand_in import STAND_IN, TEXT_FILES, TOKENIZERS, read_stand_in, write_stand_in
 from true_kd.options import Options
-from true_kd.suggest import quote
+from true_kd.suggest import printable, quote, redact
 
 
 class ModelOptions(Options):
@@ -113,7 +121,7 @@ def _download(options: ModelOptions, seam: str) -> Path:
             "Go online once, or give a local folder."
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = redact(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
         raise ModelError(
             f"{seam} {quote(options.model)}: the hub refused it ({reason}). Check the id and the revision; for a gated "
             "model, run `hf auth login`."
@@ -147,6 +155,8 @@ def describe(options: ModelOptions, seam: str) -> ModelFiles:
     path = locate(options, seam)
     if path.is_file():
         return _describe_stand_in(path, options)
+    with _loading(options, seam, "true-kd"):
+        check_folder(path)
     weights = sorted(path.glob("model*.safetensors"))
     if not weights:
         raise ModelError(
@@ -204,11 +214,12 @@ def _describe_adapter(options: ModelOptions, seam: str) -> str:
         )
     folder = expand(options.adapter or "", f"{seam}.adapter")
     try:
-        config = json.loads((folder / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        config = read_json(folder / _ADAPTER_CONFIG)
+        plain_size(folder / _ADAPTER_WEIGHTS)
         used = {name: config.get(name) for name in ("fine_tune_type", "num_layers", "lora_parameters")}
         return digest_json([used, _content_digest(folder / _ADAPTER_WEIGHTS)])
     except (OSError, ValueError, AttributeError) as error:
-        reason = getattr(error, "strerror", None) or "not JSON"
+        reason = getattr(error, "strerror", None) or str(error)
         raise ModelError(
             f"{seam}.adapter {quote(str(folder))}: cannot be read ({reason}), expected {_ADAPTER_CONFIG} and "
             f"{_ADAPTER_WEIGHTS} of an mlx-lm adapter. Check the path."
@@ -222,16 +233,27 @@ _ADAPTER_WEIGHTS = "adapters.safetensors"
 def _content_digest(file: Path) -> str:
     # The hub cache names a large file's blob by its SHA-256: no need to read gigabytes again.
     blob = file.resolve()
-    if blob.parent.name == "blobs" and len(blob.name) == 64:
+    if is_hub_blob(blob):
         return blob.name
     status = file.stat()
-    return _digest_once(file, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    known = (file, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    if known not in _DIGESTS:
+        _DIGESTS[known] = digest_file(file)
+    return _DIGESTS[known]
 
 
-@cache
-def _digest_once(file: Path, size: int, modified: int, changed: int) -> str:
-    """The digest of a file of this size and these times: a run asks for those of its models many times."""
-    return digest_file(file)
+_DIGESTS: dict[tuple[Path, int, int, int], str] = {}
+"""Digests of files of a size and certain times: a run asks for those of its models many times."""
+
+
+def known_digests() -> dict[tuple[Path, int, int, int], str]:
+    """The digests that were taken, for another process of the same run."""
+    return dict(_DIGESTS)
+
+
+def take_over_digests(known: Mapping[tuple[Path, int, int, int], str]) -> None:
+    """Believe what another process of this run has found: gigabytes are not read again."""
+    _DIGESTS.update(known)
 
 
 def open_tokenizer(options: ModelOptions, seam: str) -> ModelTokenizer:
@@ -245,11 +267,18 @@ def open_tokenizer(options: ModelOptions, seam: str) -> ModelTokenizer:
     files = describe(options, seam)
     utils = _mlx_lm_utils()
     with _loading(options, seam), _unpacked(files.path) as folder:
+        check_configs(folder)
         config = utils.load_config(folder)
-        tokenizer = utils.load_tokenizer(
-            folder, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id", None)
-        )
-        size = int(config.get("vocab_size") or config["text_config"]["vocab_size"])
+        # What stands under a key of the caller's is not taken from the file.
+        no_paths = dict.fromkeys(path_keys(folder))
+        text_config = config.get("text_config")
+        size = config.get("vocab_size") or (text_config.get("vocab_size") if isinstance(text_config, dict) else None)
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"config.json has {'no' if size is None else 'an odd'} vocab_size")
+        with _loading(options, seam, what="its tokenizer"):
+            tokenizer = utils.load_tokenizer(
+                folder, {**no_paths, "trust_remote_code": False}, eos_token_ids=config.get("eos_token_id", None)
+            )
     return ModelTokenizer(options.model, tokenizer, size, files.digest)
 
 
@@ -283,7 +312,9 @@ def open_model(options: ModelOptions, seam: str) -> LanguageModel:
     text = open_tokenizer(options, seam)
     utils = _mlx_lm_utils()
     with _loading(options, seam):
-        module, config = utils.load_model(locate(options, seam), trust_remote_code=False)
+        folder = locate(options, seam)
+        check_weights(folder)
+        module, config = utils.load_model(folder, trust_remote_code=False)
     on_cpu = device_name() == "cpu"
     if "quantization" in config and (options.dequantize == "always" or (options.dequantize == "auto" and on_cpu)):
         module = utils.dequantize_model(module)
@@ -297,6 +328,9 @@ def open_model(options: ModelOptions, seam: str) -> LanguageModel:
             module.set_dtype(mx.float32)
     module.eval()
     mx.eval(module.parameters())
+    with _loading(options, seam):
+        # Nothing is computed: a config that no layer can be called with shows in the graph.
+        module(mx.array([[0]]))
     return LanguageModel(text.name, text.tokenizer, text.size, text.digest, module)
 
 
@@ -325,20 +359,42 @@ def _put_on(module: nn.Module, options: ModelOptions, seam: str) -> None:
 
 def open_skeleton(options: ModelOptions, seam: str) -> nn.Module:
     """A model whose weights are not read: its layers and their names."""
+    folder = describe(options, seam).path
     with _loading(options, seam):
-        module, _ = _mlx_lm_utils().load_model(locate(options, seam), lazy=True, trust_remote_code=False)
+        check_configs(folder)
+        check_weights(folder)
+        module, _ = _mlx_lm_utils().load_model(folder, lazy=True, trust_remote_code=False)
     return module
 
 
 @contextlib.contextmanager
-def _loading(options: ModelOptions, seam: str) -> Iterator[None]:
+def _loading(options: ModelOptions, seam: str, who: str = "mlx-lm", what: str = "it") -> Iterator[None]:
+    fault = None
     try:
         yield
-    except (ValueError, KeyError, TypeError, RuntimeError, OSError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    except TrueKDError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a stranger's files may be wrong in any way
+        fault = error
+    if fault is not None:
         raise ModelError(
-            f"{seam} {quote(options.model)}: mlx-lm cannot load it ({reason}). Choose another model."
-        ) from error
+            f"{seam} {quote(options.model)}: {who} cannot load {what} ({_reason(fault)}). Choose another model."
+        ) from fault
+
+
+def _reason(error: BaseException) -> str:
+    """What a library found wrong with a stranger's files, without what only a reader of its code understands."""
+    text = redact(" ".join(str(error).split()))
+    if missing := re.search(r"missing \d+ required \w+ arguments?: (.*)", text):
+        text = f"config.json lacks {missing[1]}"
+    elif isinstance(error, KeyError):
+        text = f"{text} is missing"
+    elif isinstance(error, UnicodeDecodeError):
+        text = "a file of text is not UTF-8"
+    elif isinstance(error, RecursionError):
+        text = "a file is nested too deeply"
+    text = re.sub(r"\b\w*(Error|Exception): |<class '(\w+)'>", lambda found: found[2] or "", text)
+    return printable(text.replace("NoneType", "null"))[:200].rstrip(".") or "its files do not fit together"
 
 
 def release_memory() -> None:

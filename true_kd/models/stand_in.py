@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from true_kd.files import digest_json
 
@@ -68,7 +68,7 @@ class StandIn:
 def write_stand_in(path: Path, texts: Mapping[str, bytes], others: Mapping[str, str]) -> None:
     """Write the file; `others` are the digests of what is not among `texts`."""
     tensors = {name: np.frombuffer(zlib.compress(text), dtype=np.uint8) for name, text in texts.items()}
-    save_file(tensors, path, metadata={"digests": json.dumps(dict(others))})
+    path.write_bytes(save(tensors, metadata={"digests": json.dumps(dict(others))}))
 
 
 def read_stand_in(path: Path) -> StandIn:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from true_kd.files import expand
 
@@ -17,6 +17,7 @@ def locate(name: str, what: str) -> Path:
 
     `what` names the setting in messages.
     """
-    if name.startswith(PREFIX):
-        return expand(str(_FOLDER / name.removeprefix(PREFIX)), what)
+    below = PurePath(name.removeprefix(PREFIX))
+    if name.startswith(PREFIX) and not below.is_absolute() and ".." not in below.parts:
+        return expand(str(_FOLDER / below), what)
     return expand(name, what)
