@@ -138,9 +138,9 @@ def test_two_ways_to_say_the_same_are_one_too_many(cli, place: Path) -> None:
     ("name", "content", "says"),
     [
         ("none.jsonl", None, "none.jsonl: cannot be read"),
-        ("empty.txt", "\n\n", "empty.txt: empty"),
+        ("empty.txt", "\n\n", "empty.txt: no prompts"),
         ("bad.jsonl", '{"prompt": "hello"}\nno json\n', "bad.jsonl:2"),
-        ("raw.jsonl", '{"text": "hello"}', "raw.jsonl[0]: raw `text`"),
+        ("raw.jsonl", '{"text": "hello"}', "raw.jsonl:1: raw `text`"),
         ("other.csv", "hello", "expected a file that ends in .jsonl or .txt"),
     ],
 )

@@ -131,9 +131,9 @@ def test_a_byte_order_mark_and_carriage_returns_are_tolerated(tmp_path: Path) ->
         ('a: 1\nb: "\\UFFFFFFFF"', "base.yaml:2:7: an escape or directive without a meaning. Remove it."),
         (b"a: 1\nb: \xc3\xa9\xff", "base.yaml:2:5: byte 0xff is not UTF-8. Save the file as UTF-8."),
         (b"\xef\xbb\xbf\xff", "base.yaml:1:1: byte 0xff is not UTF-8."),
-        ("a: " + "[" * 100_000, "base.yaml:1:23: nested more than 20 levels deep. Write it flatter."),
+        ("a: " + "[" * 50_000, "base.yaml:1:23: nested more than 20 levels deep. Write it flatter."),
         ("\n".join("  " * depth + "a:" for depth in range(40)), "base.yaml:21:41: nested more than 20 levels deep."),
-        (" " * 1_000_001, "base.yaml: larger than 1 MB"),
+        (" " * 100_001, "base.yaml: larger than 100 kB"),
     ],
 )
 def test_anything_but_plain_data_is_named_by_file_line_and_column(

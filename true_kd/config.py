@@ -6,6 +6,7 @@ The defaults live in the options classes beside the code that reads them; this m
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -81,6 +82,9 @@ class RunConfig(Options):
     """Seed of adapter initialisation, dropout and data order."""
     fresh: bool = False
     """Do finished domains again."""
+    isolate: bool = True
+    """Run the teacher's phase and each domain in a process of its own, so that one that dies, as Metal does when memory
+    runs out, costs no other; false keeps all in one, to debug."""
 
     @property
     def out_folder(self) -> Path:
@@ -122,11 +126,17 @@ SHORT_NAMES: Mapping[str, KeyPath] = {
     "fresh": ("fresh",),
 }
 
-# Keys that people write and no config has: short names without their group, and lora_alpha of other tools.
+_STEPS = "did you mean 'iters'? It counts optimizer steps"
+_EPOCHS = f"{_STEPS}: epochs * prompts / (batch_size * accumulate)."
+
+# Keys that people write and no config has: short names without their group, the names of other tools, and secrets.
 _MEANT: Mapping[KeyPath, str] = {
     **{(name,): f"did you mean '{dotted(path)}'?" for name, path in SHORT_NAMES.items() if path != (name,)},
     ("lora", "alpha"): "did you mean 'scale'? scale = alpha / rank.",
     ("lora", "lora_alpha"): "did you mean 'scale'? scale = lora_alpha / rank.",
+    **{("training", name): f"{_STEPS}." for name in ("steps", "max_steps")},
+    **{("training", name): _EPOCHS for name in ("epochs", "num_epochs", "num_train_epochs")},
+    **{(name,): "a config holds no secrets. Remove it, and run `hf auth login`." for name in ("hf_token", "token")},
 }
 
 
@@ -254,8 +264,13 @@ def _read_base(base: Path | None) -> Document:
 def _read_domain(base: Path, domain: str) -> list[Document]:
     """The domain's own file beside the base file, if there is one."""
     path = base.with_name(f"{domain}.yaml")
-    if path.with_suffix(".yml").is_file():
-        raise ConfigError([f"{path.with_suffix('.yml')}: not read, expected {path.name}. Rename it."])
+    for suffix in (".yml", ".YML", ".YAML"):
+        other = path.with_suffix(suffix)
+        # Where the file system knows no capitals, it may be the file itself.
+        if other.is_file() and not (path.is_file() and other.samefile(path)) and other != base:
+            raise ConfigError([f"{other}: not read, expected {path.name}. Rename it."])
+    if os.path.lexists(path) and not path.is_file():
+        raise ConfigError([f"{path}: not a file, expected the config of the domain. Remove it."])
     if not path.is_file() or path == base:
         return []
     document = read_yaml(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,7 +15,7 @@ from true_kd import adapters, prompts, stores
 from true_kd.cache import TargetCache
 from true_kd.capture import TeacherPrompt
 from true_kd.config import Override, RunConfig, load_config
-from true_kd.errors import InputError, PromptError, TrueKDError, shared_exit_code
+from true_kd.errors import InputError, Problems, PromptError, TrueKDError, few_lines, shared_exit_code
 from true_kd.files import digest_json
 from true_kd.losses import LossOptions
 from true_kd.models import ModelOptions
@@ -27,10 +28,12 @@ from true_kd.vocabulary import VocabularyMap
 
 
 class DomainsRefused(TrueKDError):
-    """Nothing of a run can be done, for several reasons; one line each."""
+    """Nothing of a run can be done, for several reasons; one line each, the first of every domain before the others."""
 
     def __init__(self, failures: Mapping[str, TrueKDError]) -> None:
-        super().__init__("\n".join(dict.fromkeys(str(error) for error in failures.values())))
+        found = [error.lines if isinstance(error, Problems) else (str(error),) for error in failures.values()]
+        in_turn = chain.from_iterable(zip_longest(*found))
+        super().__init__(few_lines(list(dict.fromkeys(line for line in in_turn if line is not None))))
         self.exit_code = shared_exit_code(failures.values())
 
 
@@ -137,7 +140,7 @@ class Job:
                 "options": self.config.model_dump(
                     mode="json",
                     exclude={
-                        **dict.fromkeys(("out", "cache", "fresh", "domains", "prompts", "memory_gb"), True),
+                        **dict.fromkeys(("out", "cache", "fresh", "isolate", "domains", "prompts", "memory_gb"), True),
                         **dict.fromkeys(("evaluation", "gate", "control", "report"), True),
                         **{seam: {"model", "revision", "adapter"} for seam in ("teacher", "student")},
                     },
@@ -196,11 +199,23 @@ def plan(
         try:
             prompts.check_domain_name(domain)
             config = load_config(base, domain, overrides)
+            refuse_links(config.out_folder / domain)
             train, valid = read_domain(config.prompts_folder, domain)
             jobs.append(Job(domain, config, train, valid))
         except TrueKDError as error:
             failures[domain] = error
     return jobs, failures
+
+
+def refuse_links(folder: Path) -> None:
+    """A domain's folder and the locks beside it are true-kd's to write and to delete: none may be somewhere else."""
+    locks = folder.parent.glob(".lock*")
+    for place in (folder, folder / adapters.CONTROL, *folder.glob("checkpoint_*"), *locks):
+        if place.is_symlink():
+            raise InputError(
+                f"{quote(str(place))}: a link, expected a place of its own, because true-kd writes and deletes in it. "
+                "Remove the link, or choose another --out."
+            )
 
 
 def read_domain(root: Path, domain: str) -> tuple[list[Prompt], list[Prompt]]:

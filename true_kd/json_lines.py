@@ -17,6 +17,9 @@ from true_kd.suggest import quote
 MAX_LINE_BYTES = 10_000_000
 """A longer line is refused: no context window holds it, and it is most often a file without line ends."""
 
+MAX_PROBLEMS = 1000
+"""Reading ends with so many: more than anybody mends at once, and a file can have millions of lines."""
+
 MAX_DEPTH = 100
 """Deepest nesting of lists and objects in one line, so that no reader of a prompt can run out of stack."""
 
@@ -26,7 +29,9 @@ def read_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, str]]:
     try:
         with path.open("rb") as file:
             number = 0
-            while raw := file.readline(MAX_LINE_BYTES + 5):  # room for a byte order mark and a line end
+            while len(problems) < MAX_PROBLEMS and (
+                raw := file.readline(MAX_LINE_BYTES + 5)
+            ):  # room for a byte order mark and a line end
                 number += 1
                 raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
                 body = raw.removesuffix(b"\n").removesuffix(b"\r")
@@ -51,7 +56,7 @@ def read_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, str]]:
                     continue
                 yield number, line
     except OSError as error:
-        problems.append(f"{path}: cannot be read ({error.strerror}). Check its permissions.")
+        problems.append(f"{path}: cannot be read ({error.strerror}). Check that it is a file and may be read.")
 
 
 class Refusal(Exception):

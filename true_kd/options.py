@@ -15,7 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field
 class Options(BaseModel):
     """Base of all options. Each subclass lives beside the code that reads it and owns the defaults."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, hide_input_in_errors=True
+    )
 
 
 _Record = TypeVar("_Record")

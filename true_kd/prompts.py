@@ -10,6 +10,7 @@ never both a conversation and raw text. Every bad line is found before the first
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -149,9 +150,21 @@ def load_prompts(root: Path, domain: str, split: str) -> list[Prompt]:
         raise PromptError([f"{folder}: both {names}, expected one file per split. Merge them, or remove one."])
     problems: list[str] = []
     system = read_system(folder / SYSTEM_FILE, problems)
-    prompts = list(_read_prompts(found[0], system, problems))
+    return _load(found[0], system, problems)
+
+
+def load_file(path: Path) -> list[Prompt]:
+    """All prompts of a `.jsonl` or `.txt` file outside any domain, in its order; at least one.
+
+    Raises `PromptError` with one line for every bad line of the file, or when it cannot be read.
+    """
+    return _load(path, None, [])
+
+
+def _load(path: Path, system: str | None, problems: list[str]) -> list[Prompt]:
+    prompts = list(_read_prompts(path, system, problems))
     if not prompts and not problems:
-        problems.append(f"{found[0]}: no prompts, expected one a line. Write some, or remove the file.")
+        problems.append(f"{path}: no prompts, expected one a line. Write some, or remove the file.")
     if problems:
         raise PromptError(problems)
     return prompts
@@ -199,12 +212,12 @@ def _dump(record: Any) -> str:
 
 
 def _candidates(folder: Path, split: str) -> list[Path]:
-    return [path for suffix in _SUFFIXES if (path := folder / f"{split}{suffix}").is_file()]
+    return [path for suffix in _SUFFIXES if os.path.lexists(path := folder / f"{split}{suffix}")]
 
 
 def read_system(path: Path, problems: list[str]) -> str | None:
     """The system message in a domain's SYSTEM_FILE; None where there is none. Faults go to `problems`."""
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     before = len(problems)
     text = "\n".join(line for _, line in read_lines(path, problems)).strip()

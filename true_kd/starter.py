@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
+from true_kd.errors import InputError
 from true_kd.files import CannotWrite
 
 _NAMES = ("configs", "prompts")
@@ -17,7 +19,18 @@ def source() -> Path:
 
 
 def lay_out(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Copy the starter files below `folder`; returns those written, and those found there and left alone."""
+    """Copy the starter files below `folder`; returns those written, and those found there and left alone.
+
+    Raises
+    ------
+    InputError
+        when a file lies where a folder belongs; nothing is written then.
+    CannotWrite
+        when a file cannot be written.
+    """
+    for place in (*reversed((folder, *folder.parents)), *(folder / name for name in _NAMES)):
+        if os.path.lexists(place) and not place.is_dir():
+            raise InputError(f"{place}: a file is in the way, expected a folder. Choose another one, or rename it.")
     written, kept = [], []
     for name in _NAMES:
         for file in sorted((source() / name).rglob("*")):

@@ -18,12 +18,14 @@ import pydantic
 import pydantic_core
 
 from true_kd.errors import ConfigError
-from true_kd.suggest import did_you_mean, nearest, quote
+from true_kd.suggest import did_you_mean, nearest, quote, redact
 from true_kd.yaml_file import KeyPath, read_value
 
 Model = TypeVar("Model", bound=pydantic.BaseModel)
 
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
+_MOST_FAULTS = 100
+"""Each takes its time to be put into words, and nobody reads more at once."""
 
 
 def validate(
@@ -48,15 +50,15 @@ def validate(
         raise ConfigError([f"{where(path)} {_named(path)}{fault}" for path, fault in faults]) from error
 
 
-def parse_override(text: str) -> tuple[KeyPath, Any]:
+def parse_override(text: str, flag: str = "--set") -> tuple[KeyPath, Any]:
     """Key path and value of `--set lora.rank=16`; the value is read as in a YAML file, flat lists included."""
     name, equals, value = text.partition("=")
     keys = tuple(key.strip() for key in name.split("."))
     if not equals or not all(_KEY.fullmatch(key) for key in keys):
-        raise ConfigError([f"--set {quote(text)}: expected key.path=value. Write it like lora.rank=16."])
+        raise ConfigError([f"{flag} {quote(text)}: expected key.path=value. Write it like lora.rank=16."])
     if not value.strip():
-        raise ConfigError([f"--set {quote(text)}: no value, expected one after '='. Write null for none."])
-    return keys, read_value(value, f"--set {quote(name.strip())}")
+        raise ConfigError([f"{flag} {quote(text)}: no value, expected one after '='. Write null for none."])
+    return keys, read_value(value, f"{flag} {quote(name.strip())}")
 
 
 def dotted(path: KeyPath) -> str:
@@ -95,6 +97,8 @@ def _not_plain(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
     elif isinstance(value, str):
         if any("\ud800" <= letter <= "\udfff" for letter in value):
             yield path, f"{quote(value)}, expected text that UTF-8 can write. Write it as UTF-8."
+        elif redact(value) != value:
+            yield path, "holds a password or an access token, expected none in a config. Set HF_TOKEN instead."
     elif value is not None and not isinstance(value, (Enum, os.PathLike)):
         yield path, f"{type(value).__name__}, expected text, a number, a list or a mapping. Convert it first."
 
@@ -107,7 +111,7 @@ def _sentences(
 ) -> list[tuple[KeyPath, str]]:
     """One fault per path: a value that fits no member of a union is reported once, with all that it could be."""
     found: dict[KeyPath, list[_Fault]] = {}
-    for entry in error.errors(include_url=False):
+    for entry in error.errors(include_url=False)[:_MOST_FAULTS]:
         path = _real_path(data, entry["loc"], entry["type"])
         found.setdefault(path, []).append(_fault(model_cls, data, path, entry, meant))
     return [(path, _sentence(faults)) for path, faults in found.items()]
@@ -138,12 +142,17 @@ class _Fault:
     whole: str = ""
 
 
+_CHOOSE = "Choose one."
+
+
 def _sentence(faults: list[_Fault]) -> str:
     for fault in faults:
         if fault.whole:
             return fault.whole
     expected = " or ".join(dict.fromkeys(fault.expected for fault in faults))
     fixes = {fault.fix for fault in faults if fault.fix}
+    # What to write instead tells more than that there is a choice.
+    fixes = fixes - {_CHOOSE} or fixes
     fix = fixes.pop() if len(fixes) == 1 else ""
     return f"{faults[0].found}, expected {expected}{fix if fix.startswith(';') else f'. {fix}'.rstrip()}"
 
@@ -202,7 +211,7 @@ def _fault(
         return _Fault(found, f"{words} {context[key]} {unit}")
     if kind in ("literal_error", "enum"):
         hint = did_you_mean(value, re.findall(r"'([^']*)'", context["expected"])) if isinstance(value, str) else ""
-        return _Fault(found, context["expected"], hint or "Choose one.")
+        return _Fault(found, context["expected"], hint or _CHOOSE)
     if kind == "union_tag_invalid":
         key = context["discriminator"].strip("'")
         hint = did_you_mean(context["tag"], re.findall(r"'([^']*)'", context["expected_tags"]))
@@ -272,7 +281,9 @@ def _suggestion(
     found = nearest(key, elsewhere)
     if found is not None:
         return f"; did you mean '{elsewhere[found]}'?"
-    return f", expected one of {', '.join(siblings)}. Remove it." if siblings else ". Remove it."
+    # Letters of other alphabets can look like those of a key that is expected.
+    spelled = "" if key.isascii() else f" (in ASCII {ascii(key)[:60]})"
+    return f"{spelled}, expected one of {', '.join(siblings)}. Remove it." if siblings else f"{spelled}. Remove it."
 
 
 def _fields(model: type[pydantic.BaseModel]) -> dict[str, Any]:

@@ -21,8 +21,11 @@ import yaml
 from true_kd.errors import ConfigError
 from true_kd.suggest import quote
 
-MAX_BYTES = 1_000_000
-"""A larger file is refused: a config is a page of text."""
+MAX_BYTES = 100_000
+"""A larger file is refused: a config is a page of text, and the parser takes some ten seconds for a megabyte."""
+
+MAX_PROBLEMS = 100
+"""Reading ends with so many: more than anybody reads at once."""
 
 MAX_DEPTH = 20
 """Deepest nesting of mappings and lists."""
@@ -66,7 +69,7 @@ def read_yaml(path: Path) -> Document:
     except OSError as error:
         raise ConfigError([f"{name}: cannot be read ({error.strerror}). Check the path."]) from error
     if len(raw) > MAX_BYTES:
-        raise ConfigError([f"{name}: larger than {MAX_BYTES // 1_000_000} MB, expected a page of YAML. Shorten it."])
+        raise ConfigError([f"{name}: larger than {MAX_BYTES // 1000} kB, expected a page of YAML. Shorten it."])
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -107,7 +110,7 @@ def _build(text: str, builder: _Builder) -> _Builder:
         return builder
     # PyYAML lets ValueError and OverflowError through for escapes such as "\UFFFFFFFF" and huge %YAML versions.
     try:
-        while loader.check_event() and builder.add(loader.get_event()):
+        while loader.check_event() and builder.add(loader.get_event()) and len(builder.problems) < MAX_PROBLEMS:
             pass
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark or loader.get_mark()

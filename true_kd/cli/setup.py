@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from true_kd.errors import InputError
+from true_kd.suggest import printable, quote
+
 
 def init(
-    folder: Annotated[Path, typer.Argument(help="Where to lay them out.")] = Path(),
+    folder: Annotated[str, typer.Argument(help="Where to lay them out.")] = ".",
 ) -> int:
     """Lay out configs/ and prompts/ to start from; files that are there already stay as they are."""
+    from true_kd.files import expand
     from true_kd.starter import lay_out
 
-    written, kept = lay_out(folder)
-    typer.echo(f"{folder}: {len(written)} files written, {len(kept)} already there and kept.")
-    inside = "" if folder == Path() else f"cd {folder} && "
-    typer.echo(f"Next: {inside}true-kd distill --domain thinking")
+    if not folder.strip():
+        raise InputError(f"FOLDER {quote(folder)}: empty, expected a folder. Write its path.")
+    path = expand(folder, "FOLDER")
+    written, kept = lay_out(path)
+    typer.echo(printable(f"{path}: {len(written)} files written, {len(kept)} already there and kept."))
+    inside = "" if path == Path() else f"cd {shlex.quote(str(path))} && "
+    typer.echo(printable(f"Next: {inside}true-kd distill --domain thinking"))
     return 0
 
 

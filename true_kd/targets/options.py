@@ -54,17 +54,21 @@ class TargetOptions(Options):
     def _one_way(self) -> TargetOptions:
         budget = [name for name in ("bytes_per_token", "gigabytes") if getattr(self, name) is not None]
         if budget and self.threshold is not None:
-            raise ValueError(f"threshold and {budget[0]} are both given, expected one: a budget picks the threshold")
+            raise ValueError(
+                f"threshold and {budget[0]} are both given, expected one: a budget picks the threshold. Leave one out."
+            )
         ignored = [*budget, *(name for name in ("threshold", "draw_temperature") if getattr(self, name) is not None)]
         if ignored and self.preset == "exact":
-            raise ValueError(f"{ignored[0]} has no meaning with preset exact, which keeps everything")
+            raise ValueError(f"{ignored[0]} has no meaning with preset exact, which keeps everything. Leave it out.")
         return self
 
     @field_validator("draw_temperature", mode="before")
     @classmethod
     def _a_number(cls, value: object) -> object:
         if isinstance(value, bool):
-            raise ValueError(f"{value}, expected 1, 2 or 4")  # which the type would take for 1
+            raise ValueError(
+                f"{str(value).lower()}, expected 1, 2 or 4. Choose one."
+            )  # which the type would take for 1
         return value
 
     @property
