@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from true_kd.cache import TargetCache
 from true_kd.capture import TeacherPrompt
-from true_kd.errors import InputError
+from true_kd.errors import CacheError, InputError
 from true_kd.examples import Example, make_example, render
 from true_kd.jobs import Job
 from true_kd.models import LanguageModel, load_head
@@ -87,9 +87,22 @@ def sample_data(
 
 
 def read_replies(cache: TargetCache, keys: Sequence[str]) -> dict[str, CachedReply]:
-    """The replies of some keys with targets that can be read, hidden states by the head that is stored beside them."""
+    """The replies of some keys with targets that can be read, hidden states by the head that is stored beside them.
+
+    Raises
+    ------
+    CacheError
+        when they, or the head, are not what was captured.
+    """
     stored = cache.head_path
-    return cache.read(dict.fromkeys(keys), TeacherHead(load_head(stored)) if stored else None)
+    try:
+        head = TeacherHead(load_head(stored)) if stored else None
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CacheError(
+            f"{stored}: has its digest and is no output head ({error}), expected one. Run `true-kd cache verify "
+            "--remove`, and run again: it will be captured anew."
+        ) from error
+    return cache.read(dict.fromkeys(keys), head)
 
 
 class _Split:

@@ -19,6 +19,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from true_kd.batching import Batch, collate
+from true_kd.errors import InputError
 from true_kd.examples import Example
 from true_kd.losses import ForwardKL, Objective, chunks, token_losses
 from true_kd.models import Split
@@ -103,6 +104,11 @@ def certify(
 
     `cache_bytes` and `cache_tokens` are those of the domain's cache files; `room` cuts batches to fit the memory. A
     divergence that no sample can give is stood for by forward KL. Leaves the student in evaluation mode.
+
+    Raises
+    ------
+    InputError
+        when the student has no finite gradient.
     """
     chosen: list[Example] = []
     while len(chosen) < len(examples) and sum(len(example.kept) for example in chosen) < options.tokens:
@@ -124,6 +130,11 @@ def certify(
         signal = _square_norm(gradients, whole, objective, tokens)
         noise = _square_norm(gradients, flipped, objective, tokens)
         squares = sum(_square_sum(gradients.split, batch, objective) for batch in flipped)
+        if not math.isfinite(signal + noise + squares):
+            raise InputError(
+                "student: the gradient of its loss on the validation prompts is not a finite number before any "
+                "training, expected one. Choose another student, or a smaller lora.scale."
+            )
     seen = _drawn_share(chosen, temperature, tails)
     places = [
         Position(example.where, int(example.kept[at]), float(mass))
@@ -182,7 +193,7 @@ def _flip(targets: SparseTargets, temperature: float, rng: np.random.Generator) 
 def _square_norm(gradients: Gradients, batches: Sequence[Batch], objective: Objective, tokens: int) -> float:
     """Squared norm of the mean KD gradient over the batches with respect to the adapter."""
     _, gradient = sum_gradients(gradients, batches, objective, tokens)
-    return sum(float(mx.sum(mx.square(leaf.astype(mx.float32)))) for _, leaf in tree_flatten(gradient))
+    return sum(_squares(leaf) for _, leaf in tree_flatten(gradient))
 
 
 def _square_sum(split: Split, batch: Batch, objective: Objective) -> float:
@@ -192,5 +203,10 @@ def _square_sum(split: Split, batch: Batch, objective: Objective) -> float:
     for rows in chunks(split.head, states, objective):
         targets = batch.targets.rows(rows.start, rows.stop)
         kd, _ = token_losses(split.head(states[rows]), batch.labels[rows], targets, objective)
-        total += float(mx.sum(mx.square(kd)))
+        total += _squares(kd)
     return total
+
+
+def _squares(values: mx.array) -> float:
+    """The sum of their squares, which float32 may not hold."""
+    return float(np.sum(np.square(np.array(values.astype(mx.float32), dtype=np.float64))))

@@ -184,12 +184,11 @@ def weigh_up(
     )
 
 
-def check_sound(scores: TokenScores, model: str) -> None:
+def check_sound(scores: TokenScores, model: str, remedy: str = "Choose another model.") -> None:
     """Raise ModelError when the losses of a model as it came are not finite numbers; `model` names it."""
     if not (np.isfinite(scores.kd).all() and np.isfinite(scores.nll).all() and np.isfinite(scores.kl).all()):
         raise ModelError(
-            f"{model}: its loss on the validation prompts is not a finite number before any training, "
-            "expected sound weights. Choose another model."
+            f"{model}: its loss on the validation prompts is not a finite number, expected sound weights. {remedy}"
         )
 
 

@@ -29,13 +29,17 @@ def weigh_tokens(examples: Sequence[Example], prompts: Sequence[Prompt], weigh_b
         return list(examples)
     raw = [_raw_weights(example, prompt, weigh_by) for example, prompt in zip(examples, prompts, strict=True)]
     mean = float(np.mean(np.concatenate(raw)))
-    if not mean > 0:
+    if not mean > (_LEAST_ENTROPY if weigh_by == "entropy" else 0.0):
         found = "every reward is 0" if weigh_by == "reward" else "the teacher is sure of every token"
         raise InputError(f"losses.weigh_by {weigh_by}: {found}, expected some weight above 0. Write none instead.")
     return [
         replace(example, weights=(weights / mean).astype(np.float32))
         for example, weights in zip(examples, raw, strict=True)
     ]
+
+
+_LEAST_ENTROPY = 1e-6
+"""Nats per token: what is below is the rounding of targets and of float32, and would be all that is trained on."""
 
 
 def _raw_weights(example: Example, prompt: Prompt, weigh_by: WeighBy) -> np.ndarray:

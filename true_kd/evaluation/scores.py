@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -33,6 +34,11 @@ class EvalMetrics:
     """Share of tokens at which model and teacher find the same token most likely."""
     tokens: int
     """Response tokens that count."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all means are finite numbers."""
+        return all(math.isfinite(value) for value in (self.loss, self.kd, self.ce, self.kl))
 
 
 @dataclass(frozen=True)

@@ -121,11 +121,10 @@ def _standing(name: str, prompts: Resampled, right: np.ndarray | None, size: Mod
         assert found is not None, "losses of the held-out prompts are finite"
         return found
 
-    perplexity = prompts.estimate(lambda sums: np.exp(sums[f"{name} nll"] / sums["tokens"]))
     return ModelScores(
         kl=mean("kl"),
         nll=mean("nll"),
-        perplexity=perplexity or Estimate(float(np.finfo(np.float64).max)),
+        perplexity=prompts.estimate(lambda sums: np.exp(sums[f"{name} nll"] / sums["tokens"])),
         top1_agreement=mean("top1"),
         top5_agreement=mean("top5"),
         exact_match=None if right is None else share_estimate(right),

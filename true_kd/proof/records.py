@@ -19,8 +19,8 @@ class ModelScores:
     """KL(teacher || model) at temperature 1, nats per token; 0 for the teacher."""
     nll: Estimate
     """-log of the probability of the teacher's text, nats per token."""
-    perplexity: Estimate
-    """On the teacher's text: exp of `nll`."""
+    perplexity: Estimate | None
+    """On the teacher's text: exp of `nll`; null where that is more than a number can hold."""
     top1_agreement: Estimate
     """Share of tokens at which the model's most likely token is the teacher's."""
     top5_agreement: Estimate

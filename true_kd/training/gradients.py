@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from true_kd.batching import Batch
 from true_kd.losses import LossSums, Objective, head_losses
-from true_kd.models import split_head
+from true_kd.models import is_finite, split_head
 
 
 class Gradients:
@@ -107,19 +107,25 @@ class Update:
         state = [student.state, optimizer.state]
         self._apply = mx.compile(self._update, inputs=state, outputs=state) if compiled else self._update
 
-    def __call__(self, gradient: dict, sums: LossSums, tokens: int, learning_rate: float) -> mx.array:
-        """The gradient's norm before clipping; it and the new parameters are computed when they are evaluated."""
+    def __call__(self, gradient: dict, sums: LossSums, tokens: int, learning_rate: float) -> tuple[mx.array, mx.array]:
+        """The gradient's norm before clipping, and whether the new parameters and the optimizer's state are finite.
+
+        Both and the new parameters are computed when they are evaluated.
+        """
         return self._apply(gradient, sums.total + sums.kd + sums.ce, mx.array(1.0 / tokens), mx.array(learning_rate))
 
-    def _update(self, gradient: dict, losses: mx.array, share: mx.array, learning_rate: mx.array) -> mx.array:
+    def _update(
+        self, gradient: dict, losses: mx.array, share: mx.array, learning_rate: mx.array
+    ) -> tuple[mx.array, mx.array]:
         squares = [mx.sum(mx.square(leaf.astype(mx.float32))) for _, leaf in tree_flatten(gradient)]
         norm = share * mx.sqrt(sum(squares))
         factor = mx.minimum(1.0, self._grad_clip / (norm + 1e-6)) * share if self._grad_clip > 0 else share
         before = self._student.trainable_parameters()
         self._optimizer.learning_rate = learning_rate
         self._optimizer.update(self._student, tree_map(lambda leaf: (leaf * factor).astype(leaf.dtype), gradient))
-        sound = mx.isfinite(norm) & mx.isfinite(losses)
+        whole = is_finite(self._student.trainable_parameters())
+        sound = mx.isfinite(norm) & mx.isfinite(losses) & whole
         self._student.update(
             tree_map(lambda new, old: mx.where(sound, new, old), self._student.trainable_parameters(), before)
         )
-        return norm
+        return norm, whole

@@ -125,7 +125,7 @@ def train(
         iteration = state.iteration + 1
         learning_rate = learning_rate_at(iteration, options)
         batches: list[Batch] = []
-        sums, gradient, norm = LossSums.zero(), None, None
+        sums, gradient, norm, whole = LossSums.zero(), None, None, None
         while norm is None:
             batch, last = upcoming
             batches.append(batch)
@@ -134,8 +134,9 @@ def train(
             pending = [sums.total, sums.kd, sums.ce, gradient]
             if last:
                 tokens = sum(batch.response_tokens for batch in batches)
-                norm = update(gradient, sums, tokens, learning_rate)
-                pending = [sums.total, sums.kd, sums.ce, norm, student.trainable_parameters(), state.optimizer.state]
+                norm, whole = update(gradient, sums, tokens, learning_rate)
+                pending = [sums.total, sums.kd, sums.ce, norm, whole]
+                pending += [student.trainable_parameters(), state.optimizer.state]
             # The host lays out the next micro-batch while the device computes this one, and then waits: two of them in
             # memory are what splitting is to spare, and a step's numbers are asked for at its end.
             mx.async_eval(pending)
@@ -145,6 +146,8 @@ def train(
         for value, what in zip(means, ("the loss", "the KD loss", "the CE loss", "the gradient"), strict=True):
             if not math.isfinite(value):
                 raise NonFinite(iteration, what)
+        if not whole.item():
+            raise NonFinite(iteration, "the optimizer's step")
         seconds = time.perf_counter() - start
         state.iteration = iteration
         yield StepMetrics(
