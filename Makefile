@@ -3,14 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 EXTRA ?= cpu
+CHAOS ?= $(addprefix tests/test_,chaos.py bad_input.py damage.py hostile.py templates.py numbers.py)
 
-.PHONY: demo test install lint pocket clean
+.PHONY: demo test test-chaos install lint pocket clean
 
 demo: install
 	$(VENV)/bin/true-kd demo
 
 test: install
 	$(VENV)/bin/python -m pytest --numprocesses auto
+
+# Half an hour of kills, full disks, damage and bad input; what it finds stands in true_kd/docs/reliability.md.
+test-chaos: install
+	TRUE_KD_CHAOS=25 $(VENV)/bin/python -m pytest --numprocesses auto -rP $(CHAOS)
 
 install: $(STAMP)
 

@@ -7,6 +7,7 @@ import gc
 import io
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 pytest.register_assert_rewrite("helpers")
+
+# A shell ignores these for what it starts in the background, and nohup does so: whatever the tests start would inherit
+# that, and never be stopped.
+for _number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
 
 TEMPLATE = (
     "{% if tools %}<tools>{% for tool in tools %}{{ tool | tojson }}{% endfor %}\n{% endif %}"

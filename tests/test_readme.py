@@ -136,3 +136,10 @@ def test_mlx_lm_generate_says_what_the_readme_shows(demo: Path, which: int) -> N
     )
     assert ended.returncode == 0, ended.stderr
     assert promised_replies()[which] in " ".join(ended.stdout.split())
+
+
+def test_exit_codes_are_told_in_the_same_words_everywhere() -> None:
+    from true_kd.cli import EXIT_CODES
+
+    for page in (ROOT / "README.md", ROOT / "true_kd" / "docs" / "reliability.md"):
+        assert EXIT_CODES in " ".join(page.read_text(encoding="utf-8").split()), page
