@@ -13,7 +13,7 @@ demo: install
 test: install
 	$(VENV)/bin/python -m pytest --numprocesses auto
 
-# Half an hour of kills, full disks, damage and bad input; what it finds stands in true_kd/docs/reliability.md.
+# An hour or more of kills, full disks, damage and bad input; what it finds stands in true_kd/docs/reliability.md.
 test-chaos: install
 	TRUE_KD_CHAOS=25 $(VENV)/bin/python -m pytest --numprocesses auto -rP $(CHAOS)
 
