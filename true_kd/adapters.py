@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from true_kd.errors import CacheError
-from true_kd.files import CHECK, check_value, digest_file, discard, remove, save_tensors, staging
+from true_kd.files import CHECK, digest_file, digest_json, discard, remove, save_tensors, staging
 from true_kd.models import LoraOptions, attach_adapter, check_safetensors, lora_parameters
 
 WEIGHTS = "adapters.safetensors"
@@ -87,7 +87,7 @@ def save_adapter(
         config[OURS] = {**settings, _SHA256: digest_file(staged)}
         if run is not None:
             stage.write_json(RUN, run)
-        config[OURS][CHECK] = check_value(config)
+        config[OURS][CHECK] = digest_json(config)
         stage.write_json(CONFIG, config)
         if not _is_alike(folder, config):
             # mlx-lm would take old weights for those of a config that means others.
@@ -117,7 +117,7 @@ def check_adapter(folder: Path) -> None:
         return
     if not isinstance(ours, dict):
         raise ValueError(f"{CONFIG} is not what was written")
-    if ours.pop(CHECK, None) != check_value(config):
+    if ours.pop(CHECK, None) != digest_json(config):
         raise ValueError(f"{CONFIG} is not what was written")
     if not (folder / WEIGHTS).is_file() or ours.get(_SHA256) != digest_file(folder / WEIGHTS):
         raise ValueError(f"{WEIGHTS} is not what its config says")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from true_kd.errors import EnvironmentProblem, InputError
-from true_kd.suggest import quote
+from true_kd.suggest import in_bytes, quote
 
 TEMPORARY = ".tmp-"
 """How the names of files begin that have not got their own yet; where nobody writes, a kill has left them."""
@@ -41,7 +41,7 @@ class CannotWrite(EnvironmentProblem):
     def __init__(self, path: Path, error: Exception, need: int | None = None) -> None:
         reason = " ".join((getattr(error, "strerror", None) or str(error)).split())
         if getattr(error, "errno", None) in FULL:
-            reason = f"{reason}: {_size(max(need or 0, 1))} needed, {_free(path)} free"
+            reason = f"{reason}: {in_bytes(max(need or 0, 1))} needed, {_free(path)} free"
         super().__init__(
             f"{path}: cannot be written ({reason}). Free space, or choose another place, and run the same command "
             "again: it goes on from what was written before."
@@ -59,15 +59,8 @@ def _free(path: Path) -> str:
     """Free bytes where a path is or would be."""
     for place in (path, *path.parents):
         with contextlib.suppress(OSError):
-            return _size(shutil.disk_usage(place).free)
+            return in_bytes(shutil.disk_usage(place).free)
     return "an unknown amount"
-
-
-def _size(count: int) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count} bytes"
 
 
 def expand(name: str, what: str) -> Path:
@@ -201,15 +194,10 @@ def save_tensors(path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, s
         mx.save_safetensors(file, dict(arrays), metadata=dict(metadata or {}))
 
 
-def check_value(value: Any) -> str:
-    """What a record bears so that a change of any byte of it is noticed: a SHA-256 of its canonical JSON, in hex."""
-    return digest_json(value)
-
-
 def write_record(path: Path, value: Mapping[str, Any]) -> None:
     """Write JSON that bears its own digest, which `read_record` compares."""
     with staging(path.parent) as stage:
-        stage.write_json(path.name, {**value, CHECK: check_value(value)})
+        stage.write_json(path.name, {**value, CHECK: digest_json(value)})
 
 
 def read_record(path: Path, most: int = 2**28) -> dict[str, Any] | None:
@@ -226,13 +214,13 @@ def read_record(path: Path, most: int = 2**28) -> dict[str, Any] | None:
         return None
     except (CannotRead, ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} cannot be read ({getattr(error, 'strerror', None) or 'not JSON'})") from error
-    if not isinstance(record, dict) or record.pop(CHECK, None) != check_value(record):
+    if not isinstance(record, dict) or record.pop(CHECK, None) != digest_json(record):
         raise ValueError(f"{path.name} is not what was written")
     return record
 
 
 CHECK = "check"
-"""The key under which a record bears its own digest."""
+"""The key under which a record bears its own digest: that of its canonical JSON without this key."""
 
 
 def open_plain(path: Path) -> BinaryIO:

@@ -41,6 +41,14 @@ def percent(share: float) -> str:
     return "0%" if text == "-0%" else text
 
 
+def in_bytes(count: int) -> str:
+    """A number of bytes as text: "1.3 MB", of decimal units."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} bytes"
+
+
 _USER_INFO = re.compile(r"(?<=://)[^/\s'\"]+(?=@)")
 # Each of them linear: what is looked at can be long, and hostile.
 _NAMED = re.compile(r"(?i)((?:token|password|passwd|secret|signature|api_?key|access_?key)=)[^&\s'\"]{6,}")

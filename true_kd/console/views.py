@@ -22,7 +22,7 @@ from true_kd.evaluation import EvalMetrics
 from true_kd.fidelity import Fidelity
 from true_kd.gate import Headroom
 from true_kd.reporting import DataCounts, KDResult, peak_memory
-from true_kd.suggest import printable, redact
+from true_kd.suggest import in_bytes, printable, redact
 from true_kd.training import StepMetrics
 
 _LINES_PER_STAGE = 10
@@ -87,7 +87,7 @@ class LineView:
                 self.say(_budget(choice))
             case events.DomainCaptured(domain, replies, tokens, size, per_token, folder):
                 self.say(
-                    f"{domain}: {replies} replies, {tokens:,} tokens, {_size(size)} ({per_token:,.0f} bytes/token) "
+                    f"{domain}: {replies} replies, {tokens:,} tokens, {in_bytes(size)} ({per_token:,.0f} bytes/token) "
                     f"in {folder}"
                 )
             case events.CaptureFinished(domains, failures, seconds):
@@ -114,14 +114,14 @@ class LineView:
                 self.say(f"{domain}: {place}")
             case events.MemoryShort(domain, _, weights, budget, _) if weights >= budget:
                 self.say(
-                    f"{domain}: the student's weights alone take {_size(weights)}, expected less than {_size(budget)} "
-                    "(--memory-gb): raise it, or choose a smaller or quantised student"
+                    f"{domain}: the student's weights alone take {in_bytes(weights)}, expected less than "
+                    f"{in_bytes(budget)} (--memory-gb): raise it, or choose a smaller or quantised student"
                 )
             case events.MemoryShort(domain, need, _, budget, recomputes):
                 remedy = "" if recomputes else "set training.grad_checkpoint=true, or "
                 self.say(
-                    f"{domain}: the longest example alone takes about {_size(need)}, expected at most {_size(budget)} "
-                    f"(--memory-gb): {remedy}lower --max-seq-length"
+                    f"{domain}: the longest example alone takes about {in_bytes(need)}, expected at most "
+                    f"{in_bytes(budget)} (--memory-gb): {remedy}lower --max-seq-length"
                 )
             case events.Stepped(domain, step):
                 self.stepped(domain, step)
@@ -176,7 +176,7 @@ class LineView:
             done = [result for result in results if not result.unchanged]
             phases = peak_memory(done)
             named = {"with the teacher": phases.capture, "with the student": phases.training}
-            peaks = [f"{_size(peak)} {who}" for who, peak in named.items() if peak]
+            peaks = [f"{in_bytes(peak)} {who}" for who, peak in named.items() if peak]
             self.say(f"{seconds:.0f} s" + (f", peak memory {' and, apart from it, '.join(peaks)}" if peaks else ""))
 
     def _is_due(self, stage: str, done: int, total: int) -> bool:
@@ -283,7 +283,7 @@ def _probed(headroom: Headroom) -> str:
 def _budget(choice: BudgetChoice) -> str:
     return (
         f"cache budget: targets.threshold {choice.settings.threshold:.3g}, about {choice.bytes_per_token:,.0f} "
-        f"bytes/token, {_size(round(1e9 * choice.gigabytes))} in all"
+        f"bytes/token, {in_bytes(round(1e9 * choice.gigabytes))} in all"
     )
 
 
@@ -302,15 +302,8 @@ def _certified_size(fidelity: Fidelity, poor: bool) -> str:
     )
     return (
         f"{'poor ' if poor else ''}targets of {fidelity.bytes_per_token:,.0f} bytes/token, "
-        f"{_size(fidelity.cache_bytes)}{worst}"
+        f"{in_bytes(fidelity.cache_bytes)}{worst}"
     )
-
-
-def _size(count: int) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count} bytes"
 
 
 def _rate(progress: CaptureProgress) -> str:

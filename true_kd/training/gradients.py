@@ -108,7 +108,7 @@ class Update:
         self._apply = mx.compile(self._update, inputs=state, outputs=state) if compiled else self._update
 
     def __call__(self, gradient: dict, sums: LossSums, tokens: int, learning_rate: float) -> tuple[mx.array, mx.array]:
-        """The gradient's norm before clipping, and whether the new parameters and the optimizer's state are finite.
+        """The gradient's norm before clipping, and whether the new parameters are finite.
 
         Both and the new parameters are computed when they are evaluated.
         """
