@@ -500,5 +500,6 @@ def test_memory_and_open_files_stay_what_they_are(tmp_path: Path, server: Server
         f"\n{iters} iterations: {early[0] / 1e6:.1f} MB and {early[1]} files in the first half, "
         f"{late[0] / 1e6:.1f} MB and {late[1]} files in the second"
     )
-    assert late[0] < 1.02 * early[0]
+    # A short run is still warming up the allocator's arenas; a batch kept per step would be far more than that.
+    assert late[0] < (1.02 if EVERYTHING else 1.1) * early[0]
     assert late[1] <= early[1]

@@ -960,7 +960,7 @@ def test_a_capture_that_got_ctrl_c_goes_on_where_it_was(cli, project: Path) -> N
     settings = [part for name, value in slow.items() for part in ("--set", f"capture.{name}={value}")]
     arguments = ["-m", "true_kd", "capture", "-d", "cats", *settings]
     code, err = stop_at("captured 2/6", arguments, project)
-    assert (code, err.strip().count("\n")) == (130, 0)
+    assert (code, err.strip().count("\n")) == (130, 0), err
     assert "stopped by Ctrl-C" in err
     ended = cli("capture", "-d", "cats", *settings)
     assert ended.code == 0

@@ -61,6 +61,51 @@ finally:
     assert run(body) == (143, ["tidying up"])
 
 
+DESTRUCTOR = """
+class Asks:
+    def __del__(self):
+        ask({name!r})
+        print("not reached", flush=True)
+Asks()
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_that_a_destructor_swallowed_is_heard_a_moment_later(name: str, code: int) -> None:
+    body = DESTRUCTOR.format(name=name) + 'print("went on", flush=True)\ntime.sleep(60)\nprint("never stopped")'
+    found, lines = run(body)
+    assert (found, lines[0], len(lines)) == (code, "went on", 2)
+    assert lines[1].startswith("stopped by")
+
+
+def test_a_signal_that_a_destructor_swallowed_waits_for_uninterrupted_work() -> None:
+    body = (
+        DESTRUCTOR.format(name="SIGINT")
+        + """
+with uninterrupted():
+    time.sleep(0.2)
+    print("saved", flush=True)
+time.sleep(60)
+"""
+    )
+    assert run(body) == (130, ["saved", "stopped by Ctrl-C"])
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_what_a_stop_left_half_made_is_not_reported(is_stopped: bool) -> None:
+    body = """
+class Half:
+    def __del__(self):
+        self.never_made
+half = Half()
+"""
+    body += 'ask("SIGINT")' if is_stopped else "del half"
+    indented = "".join(f"    {line}\n" for line in body.strip().splitlines())
+    done = subprocess.run([sys.executable, "-c", LISTEN.format(body=indented)], capture_output=True, text=True)
+    assert ("AttributeError" in done.stderr) is not is_stopped
+    assert done.returncode == (130 if is_stopped else 0)
+
+
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_uninterrupted_work_is_done_before_a_signal_is_heard(name: str, code: int) -> None:
     body = f"""

@@ -1,6 +1,7 @@
 """Ctrl-C and its kin: a run ends at the next place where nothing is lost, and says so; a second one ends it at once.
 
 A first signal raises `Stopped` wherever the program is, but for work that is `uninterrupted`, after which it is raised.
+Where Python drops what is raised (in a destructor, say), it is raised again a moment later.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
@@ -60,6 +62,7 @@ def listen(until_done: bool = False) -> None:
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop)
+    sys.unraisablehook = _hear_dropped
 
 
 def first() -> Stopped | None:
@@ -79,6 +82,26 @@ def _stop(number: int, _: FrameType | None) -> None:
         _Asked.number = number
         raise Stopped(number)
     _leave(number)
+
+
+def _hear_dropped(dropped: sys.UnraisableHookArgs) -> None:
+    """Python's hook for what a destructor raised, which goes nowhere: a signal must not be lost there.
+
+    What else a stop broke off and left half made is no news: only `TRUE_KD_DEBUG` shows it.
+    """
+    if isinstance(dropped.exc_value, Stopped):
+        number = dropped.exc_value.number
+        # In here it would be dropped as well. An alarm, not a thread: this may be within any lock of `threading`.
+        signal.signal(signal.SIGALRM, lambda *_: _raise_again(number))
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+    elif _Asked.number is None or os.environ.get("TRUE_KD_DEBUG") == "1":
+        sys.__unraisablehook__(dropped)
+
+
+def _raise_again(number: int) -> None:
+    if _Asked.number is not None:
+        _Asked.number = None
+        signal.raise_signal(number)  # to whoever hears signals now
 
 
 def _leave(number: int) -> None:

@@ -13,6 +13,7 @@ from pydantic import Field
 from true_kd.files import digest_json
 from true_kd.models.opening import LanguageModel
 from true_kd.options import Options, PositiveInt
+from true_kd.stopping import uninterrupted
 
 
 class SamplingOptions(Options):
@@ -60,19 +61,21 @@ def generate_replies(
     from mlx_lm.generate import BatchGenerator
 
     width = 1 if getattr(model.module, "model_type", "") in _UNBATCHED else options.batch_size
-    generator = BatchGenerator(
-        model.module,
-        stop_tokens=[[stop] for stop in model.stop_ids],
-        completion_batch_size=width,
-        prefill_batch_size=min(width, 8),  # mlx-lm's own default
-    )
     samplers = [keyed_sampler(options, seed) for seed in seeds] if options.sampling_temperature > 0 else None
-    handles = generator.insert(
-        [list(prompt) for prompt in prompts], [options.max_tokens] * len(prompts), samplers=samplers
-    )
-    order = {handle: index for index, handle in enumerate(handles)}
     replies = [Reply() for _ in prompts]
+    # Half made, it would leave Metal's wired limit as it set it, and fail in its own `__del__` (seen in 0.32.2).
+    with uninterrupted():
+        generator = BatchGenerator(
+            model.module,
+            stop_tokens=[[stop] for stop in model.stop_ids],
+            completion_batch_size=width,
+            prefill_batch_size=min(width, 8),  # mlx-lm's own default
+        )
     try:
+        handles = generator.insert(
+            [list(prompt) for prompt in prompts], [options.max_tokens] * len(prompts), samplers=samplers
+        )
+        order = {handle: index for index, handle in enumerate(handles)}
         while responses := generator.next_generated():
             step = DecodingStep(
                 [order[response.uid] for response in responses],
