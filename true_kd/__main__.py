@@ -14,6 +14,7 @@ def main() -> None:
     # Set before mlx_lm and its tokenizers are imported: their warnings about threads and versions are not the user's.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looked for in every installed package, at each start
     for stream in (sys.stdout, sys.stderr):
         # What a terminal cannot show is written out: an encoding is no reason for a traceback.
         if isinstance(stream, io.TextIOWrapper):

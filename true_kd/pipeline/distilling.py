@@ -23,7 +23,6 @@ from true_kd.pipeline.steps import (
     run_student,
     sift,
 )
-from true_kd.report import write_report
 from true_kd.student import distill_student
 
 
@@ -59,6 +58,8 @@ def distill(jobs: Sequence[Job], failures: Mapping[str, TrueKDError] | None = No
             summary = reporting.write_summary(out, ledger.results, failed, seconds)
         report = None
         if any(job.config.report for job in jobs) and ledger.results:
+            from true_kd.report import write_report  # jinja2: not for a run that ends at its first line
+
             try:
                 report = write_report(out, ledger.results, failed)
             except EnvironmentProblem as error:

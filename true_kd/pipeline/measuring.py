@@ -26,7 +26,6 @@ from true_kd.pipeline.steps import (
 )
 from true_kd.probing import compare_samples, compare_with_parents, sample_all
 from true_kd.proof import Proof
-from true_kd.report import write_report
 from true_kd.student import evaluate_student
 from true_kd.suggest import quote
 from true_kd.teacher import Teacher
@@ -64,6 +63,8 @@ def evaluate(jobs: Sequence[Job], failures: Mapping[str, TrueKDError] | None = N
         if proofs:
             reporting.refresh_summary(out)
             if any(job.config.report for job in jobs):
+                from true_kd.report import write_report
+
                 write_report(out, [], {})
     yield events.EvaluationFinished(proofs, ledger.failures)
 
