@@ -23,7 +23,7 @@ TEXTS = [ROOT / name for name in ("README.md", "Makefile", "pyproject.toml")] + 
 FLOORS = (
     ("__main__",),
     ("cli", "distiller"),
-    ("sweep",),
+    ("sweep", "planning"),
     ("pipeline", "console", "doctor"),
     ("student", "probing"),
     ("arms", "teacher", "report"),

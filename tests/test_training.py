@@ -673,7 +673,7 @@ def test_the_sums_over_micro_batches_are_those_of_the_whole(student_folder: Path
 
 
 def room_for(module: nn.Module, examples: Sequence[Example], budget: int) -> Room:
-    return Room(module, examples, TrainingOptions(), LOSSES, budget)
+    return Room.of(module, examples, TrainingOptions(), LOSSES, budget)
 
 
 def test_a_micro_batch_that_fits_is_left_whole_and_in_its_order(student_folder: Path) -> None:
@@ -709,8 +709,8 @@ def test_a_step_in_parts_is_the_whole_step(student_folder: Path, share: float, o
         module = adapted(student_folder)
         room = None
         if parted:
-            whole = Room(module, examples, chosen, LOSSES, 0).need(examples)
-            room = Room(module, examples, chosen, LOSSES, int(share * 1.2 * whole))
+            whole = Room.of(module, examples, chosen, LOSSES, 0).need(examples)
+            room = Room.of(module, examples, chosen, LOSSES, int(share * 1.2 * whole))
         found.append((list(train(module, examples, chosen, LOSSES, 0, room=room)), flat(trainable(module))))
     (one, before), (other, after) = found
     for whole_step, step in zip(one, other, strict=True):

@@ -84,7 +84,7 @@ def train_arm(
     budget = budget_bytes(config.memory_gb)
     held = job.targets.cache.head_path
     budget -= held.stat().st_size if held else 0
-    room = Room(student.module, data.train, config.training, config.losses, budget)
+    room = Room.of(student.module, data.train, config.training, config.losses, budget)
     fidelity = None if job.is_control else (yield from _certify(job, student, data, budget, has_signal))
     clock.stop("evaluation")
     if (need := room.need(data.train)) > budget:
@@ -108,7 +108,7 @@ def _certify(
         config.fidelity,
         data.counts.cache_bytes,
         data.counts.cache_tokens,
-        Room(student.module, data.valid, plainly, config.losses, budget),
+        Room.of(student.module, data.valid, plainly, config.losses, budget),
     )
     # With alpha 0 nothing is taken from the targets.
     poor = config.losses.distils and has_signal and fidelity.is_poor(config.fidelity)

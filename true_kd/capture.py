@@ -8,7 +8,7 @@ reply). What the cache holds already is not done again.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import PurePath
 from typing import Any
@@ -92,12 +92,15 @@ def capture(
     cache: TargetCache,
     options: CaptureOptions,
     settings: TargetSettings,
+    lengths: Mapping[str, int] | None = None,
 ) -> Iterator[CaptureProgress]:
     """Fill the cache with the replies it lacks, a shard at a time; yields after every decoding step.
 
     Which prompts are answered together does not depend on what the cache holds, but for the prompts of one shard: the
     logits of a reply differ in their last bits with its neighbours, and a capture that was killed has to go on as if
     it had not been.
+
+    `lengths` says, by key, where replies are cut; None stands for `options.max_tokens`.
 
     Raises
     ------
@@ -116,7 +119,7 @@ def capture(
         together = list(asked.values())[first : first + options.shard_prompts]
         shard: dict[str, CachedReply] = {}
         wanted = [prompt for prompt in together if prompt.key in missing]
-        for reply in _all_replies(teacher, wanted, scorer, options, settings):
+        for reply in _all_replies(teacher, wanted, scorer, options, settings, lengths):
             if isinstance(reply, int):
                 tokens += reply
             else:
@@ -133,6 +136,7 @@ def _all_replies(
     scorer: _Scorer,
     options: CaptureOptions,
     settings: TargetSettings,
+    lengths: Mapping[str, int] | None,
 ) -> Iterator[int | tuple[str, CachedReply]]:
     """Keys and replies as they are finished; between them, how many tokens have come since the last."""
     for item in prompts:
@@ -144,7 +148,9 @@ def _all_replies(
         return
     recorder = _Recorder([item.key for item in to_write], settings) if settings.kind == "sparse" else None
     seeds = [seed_of(f"{options.seed} {item.key}") for item in to_write]
-    for step, drafts in generate_replies(teacher, [item.rendered.prompt for item in to_write], options, seeds):
+    openings = [item.rendered.prompt for item in to_write]
+    ends = None if lengths is None else [lengths[item.key] for item in to_write]
+    for step, drafts in generate_replies(teacher, openings, options, seeds, ends):
         yield len(step.tokens)
         if recorder:
             recorder.add(step.index, step.tokens, step.logits, [drafts[index].finished for index in step.index])
@@ -159,15 +165,17 @@ def _all_replies(
         yield from recorder.take_finished()
 
 
+ROWS_HELD = 256
+"""Decoded tokens whose logits are held back, to be made targets together."""
+FLOATS_HELD = 2**25
+"""Logits held back at most: 128 MiB."""
+
+
 class _Recorder:
     """Collects the targets of replies that are written side by side.
 
     Logits of several decoding steps are encoded at once: each encoding waits for the device, and the wait is shared.
     """
-
-    _ROWS = 256
-    _FLOATS = 2**25
-    """Logits held back at most: 128 MiB."""
 
     def __init__(self, keys: Sequence[str], settings: TargetSettings) -> None:
         self._keys = keys
@@ -186,7 +194,7 @@ class _Recorder:
             written.append(token)
             if ended:
                 self._ended[reply] = ended
-        if len(self._waiting) >= min(self._ROWS, self._FLOATS // logits[0].size):
+        if len(self._waiting) >= min(ROWS_HELD, FLOATS_HELD // logits[0].size):
             self.encode_rest()
 
     def take_finished(self) -> Iterator[tuple[str, CachedReply]]:

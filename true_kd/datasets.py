@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from true_kd.cache import TargetCache
 from true_kd.capture import TeacherPrompt
 from true_kd.errors import CacheError, InputError
 from true_kd.examples import Example, make_example, render
 from true_kd.jobs import Job
-from true_kd.models import LanguageModel, load_head
+from true_kd.models import LanguageModel, ModelTokenizer, load_head
 from true_kd.prompts import Prompt
 from true_kd.reporting import DataCounts
 from true_kd.shards import CachedReply
@@ -47,14 +47,14 @@ def build_data(job: Job, student: LanguageModel) -> DomainData:
     keys = [prompt.key for prompt in (*targets.train, *targets.valid)]
     replies = read_replies(targets.cache, keys)
     splits = {
-        "train": _Split(job.train_prompts, targets.train),
-        "valid": _Split(job.valid_prompts, targets.valid),
+        "train": lay_out(job, job.train_prompts, targets.train, replies, student),
+        "valid": lay_out(job, job.valid_prompts, targets.valid, replies, student),
     }
-    examples = {name: split.examples(replies, student, job) for name, split in splits.items()}
+    examples = {name: split.examples for name, split in splits.items()}
     for name, found in examples.items():
         if not found:
             raise InputError(
-                f"none of the {len(splits[name].prompts)} {name} examples can be trained, expected at least one: "
+                f"none of the {splits[name].prompts} {name} examples can be trained, expected at least one: "
                 f"{splits[name].too_long} prompts leave no room for a reply within training.max_seq_length="
                 f"{config.training.max_seq_length}, {splits[name].unwritable} replies have tokens that the student "
                 "lacks. Raise the former, or choose a nearer student."
@@ -82,7 +82,7 @@ def sample_data(
 ) -> tuple[list[Example], bool]:
     """Examples of some captured prompts of a job, and whether all their replies are the data's own."""
     replies = read_replies(cache, [prompt.key for prompt in asked])
-    examples = _Split(prompts, asked).examples(replies, student, job)
+    examples = lay_out(job, prompts, asked, replies, student).examples
     return examples, all(reply.finished == "given" for reply in replies.values())
 
 
@@ -105,32 +105,44 @@ def read_replies(cache: TargetCache, keys: Sequence[str]) -> dict[str, CachedRep
     return cache.read(dict.fromkeys(keys), head)
 
 
-class _Split:
-    """Training or validation prompts; notes which `examples` used, and counts what it had to cut or leave out."""
+@dataclass
+class LaidOut:
+    """Training or validation prompts as the student meets them, and what had to be cut or left out."""
 
-    def __init__(self, prompts: Sequence[Prompt], asked: Sequence[TeacherPrompt]) -> None:
-        self.prompts = prompts
-        self._asked = asked
-        self.truncated = 0
-        self.too_long = 0
-        self.unwritable = 0
-        self.used: list[Prompt] = []
+    prompts: int
+    examples: list[Example] = field(default_factory=list)
+    used: list[Prompt] = field(default_factory=list)
+    """The prompt of each example."""
+    truncated: int = 0
+    """Examples whose response was cut."""
+    too_long: int = 0
+    """Prompts that leave no room for a reply."""
+    unwritable: int = 0
+    """Replies with tokens that the student lacks."""
 
-    def examples(self, replies: dict[str, CachedReply], student: LanguageModel, job: Job) -> list[Example]:
-        limit = job.config.training.max_seq_length
-        found = []
-        for prompt, asked in zip(self.prompts, self._asked, strict=True):
-            reply = _in_student_ids(replies[asked.key], job.vocabulary)
-            opening = render(prompt, student.tokenizer, student.stop_ids, student.name).prompt
-            example = reply and make_example(opening, reply.tokens, reply.targets, reply.kept, prompt.where, limit)
-            if not example:
-                self.unwritable += reply is None
-                self.too_long += reply is not None
-                continue
-            self.truncated += len(example.response) < len(reply.tokens)
-            self.used.append(prompt)
-            found.append(example)
-        return found
+
+def lay_out(
+    job: Job,
+    prompts: Sequence[Prompt],
+    asked: Sequence[TeacherPrompt],
+    replies: Mapping[str, CachedReply],
+    student: ModelTokenizer,
+) -> LaidOut:
+    """The examples of some prompts of a job, whose vocabulary map is known, from the replies to them by key."""
+    limit = job.config.training.max_seq_length
+    laid_out = LaidOut(len(prompts))
+    for prompt, item in zip(prompts, asked, strict=True):
+        reply = _in_student_ids(replies[item.key], job.vocabulary)
+        opening = render(prompt, student.tokenizer, student.stop_ids, student.name).prompt
+        example = reply and make_example(opening, reply.tokens, reply.targets, reply.kept, prompt.where, limit)
+        if not example:
+            laid_out.unwritable += reply is None
+            laid_out.too_long += reply is not None
+            continue
+        laid_out.truncated += len(example.response) < len(reply.tokens)
+        laid_out.used.append(prompt)
+        laid_out.examples.append(example)
+    return laid_out
 
 
 def _in_student_ids(reply: CachedReply, vocabulary: VocabularyMap) -> CachedReply | None:

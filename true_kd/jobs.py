@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -137,14 +137,7 @@ class Job:
         return digest_json(
             {
                 "format": FORMAT,
-                "options": self.config.model_dump(
-                    mode="json",
-                    exclude={
-                        **dict.fromkeys(("out", "cache", "fresh", "isolate", "domains", "prompts", "memory_gb"), True),
-                        **dict.fromkeys(("evaluation", "gate", "control", "report"), True),
-                        **{seam: {"model", "revision", "adapter"} for seam in ("teacher", "student")},
-                    },
-                ),
+                "options": identifying_options(self.config),
                 "teacher": self.teacher_digest,
                 "student": self.student_digest,
                 "train": [prompt.identity() for prompt in self.train_prompts],
@@ -160,6 +153,18 @@ class Job:
     def proof_digest(self) -> str:
         """What the proof depends on besides the adapter."""
         return digest_json(self.config.evaluation.model_dump(mode="json"))
+
+
+def identifying_options(config: RunConfig) -> dict[str, Any]:
+    """The options that an adapter depends on, besides its models and prompts: see `Job.run_digest`."""
+    return config.model_dump(
+        mode="json",
+        exclude={
+            **dict.fromkeys(("out", "cache", "fresh", "isolate", "domains", "prompts", "memory_gb"), True),
+            **dict.fromkeys(("evaluation", "gate", "control", "report"), True),
+            **{seam: {"model", "revision", "adapter"} for seam in ("teacher", "student")},
+        },
+    )
 
 
 def choose_domains(

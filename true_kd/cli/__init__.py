@@ -23,6 +23,7 @@ COMMANDS: Mapping[str, tuple[str, str, str]] = {
     "distill": ("running", "distill", "Capture the teacher once and train one LoRA adapter per domain."),
     "capture": ("running", "capture_command", "Let the teacher answer and fill the cache, without training."),
     "demo": ("running", "demo", "Distil all six domains with the embedded pocket models."),
+    "plan": ("planning", "plan", "Say what a run would do, take and leave, before it does."),
     "analyze": ("proving", "analyze", "Say what each domain has to gain, before hours of capture."),
     "sweep": ("proving", "sweep", "Distil under all combinations of some settings from one cache."),
     "evaluate": ("proving", "evaluate", "Measure adapters anew: student, adapter and teacher."),

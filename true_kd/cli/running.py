@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -102,6 +103,8 @@ def demo(
     """Distil all six domains with the embedded pocket models; needs no network and a few minutes on a laptop."""
     from true_kd.pocket import BASE
 
+    # For the processes of its phases: on matrices this small OpenBLAS's threads wait for each other most of the time.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     typer.echo(f"true-kd demo is: true-kd distill --all --config {BASE}")
     return _distill(Path(BASE), [], True, overrides({"out": out, "fresh": fresh or None}, sets))
 

@@ -9,6 +9,7 @@ from true_kd.models.generation import (
     DecodingStep,
     Reply,
     SamplingOptions,
+    cache_bytes,
     generate_replies,
     seed_of,
     uniforms_of,
@@ -40,6 +41,7 @@ from true_kd.models.opening import (
     take_over_digests,
 )
 from true_kd.models.recomputation import recompute_layers
+from true_kd.models.shallow import UnknownDepth, count_layers, write_shallow
 from true_kd.models.speed import decoding_speed
 from true_kd.models.stand_in import STAND_IN, StandIn, read_stand_in
 from true_kd.models.templates import TemplateRefusal, TemplateStopped, apply_template
@@ -59,11 +61,14 @@ __all__ = [
     "StandIn",
     "TemplateRefusal",
     "TemplateStopped",
+    "UnknownDepth",
     "add_lora",
     "apply_template",
     "attach_adapter",
+    "cache_bytes",
     "check_keys",
     "check_safetensors",
+    "count_layers",
     "decoding_speed",
     "describe",
     "generate_replies",
@@ -87,4 +92,5 @@ __all__ = [
     "token_pieces",
     "trainable",
     "uniforms_of",
+    "write_shallow",
 ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from pydantic import Field
 
@@ -51,12 +52,21 @@ _UNBATCHED = ("gemma2",)
 
 
 def generate_replies(
-    model: LanguageModel, prompts: Sequence[Sequence[int]], options: SamplingOptions, seeds: Sequence[int]
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    options: SamplingOptions,
+    seeds: Sequence[int],
+    lengths: Sequence[int] | None = None,
 ) -> Iterator[tuple[DecodingStep, list[Reply]]]:
     """Write a reply to each prompt (token ids), batched; yields after every decoding step.
 
-    `seeds` holds one seed a prompt: each reply has a random stream of its own, so that what is drawn for a prompt
-    does not depend on its neighbours in the batch.
+    Parameters
+    ----------
+    seeds
+        one a prompt: each reply has a random stream of its own, so that what is drawn for a prompt does not depend on
+        its neighbours in the batch.
+    lengths
+        the tokens after which each reply is cut, one a prompt; None for `options.max_tokens`.
     """
     from mlx_lm.generate import BatchGenerator
 
@@ -73,7 +83,9 @@ def generate_replies(
         )
     try:
         handles = generator.insert(
-            [list(prompt) for prompt in prompts], [options.max_tokens] * len(prompts), samplers=samplers
+            [list(prompt) for prompt in prompts],
+            list(lengths or [options.max_tokens] * len(prompts)),
+            samplers=samplers,
         )
         order = {handle: index for index, handle in enumerate(handles)}
         while responses := generator.next_generated():
@@ -89,6 +101,16 @@ def generate_replies(
             yield step, replies
     finally:
         generator.close()
+
+
+def cache_bytes(module: nn.Module, sequences: int, tokens: int) -> int:
+    """Bytes of the keys and values that a model keeps of so many sequences of so many tokens; nothing is computed."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    cache = make_prompt_cache(module)
+    # Lazy: the shapes are known when the graph is.
+    module(mx.zeros((sequences, tokens), dtype=mx.int32), cache=cache)
+    return sum(part.nbytes for part in cache)
 
 
 def keyed_sampler(options: SamplingOptions, seed: int) -> Callable[[mx.array], mx.array]:

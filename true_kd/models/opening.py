@@ -310,18 +310,8 @@ def open_model(options: ModelOptions, seam: str) -> LanguageModel:
             "are, and import the cache again."
         )
     text = open_tokenizer(options, seam)
-    utils = _mlx_lm_utils()
-    with _loading(options, seam):
-        folder = locate(options, seam)
-        check_weights(folder)
-        module, config = utils.load_model(folder, trust_remote_code=False)
     on_cpu = device_name() == "cpu"
-    if "quantization" in config and (options.dequantize == "always" or (options.dequantize == "auto" and on_cpu)):
-        module = utils.dequantize_model(module)
-    if on_cpu:
-        module.set_dtype(mx.float32)
-    elif seam == "student":
-        _halve(module)
+    module = _load(options, seam, lazy=False, on_cpu=on_cpu)
     if options.adapter is not None:
         _put_on(module, options, seam)
         if on_cpu:
@@ -332,6 +322,23 @@ def open_model(options: ModelOptions, seam: str) -> LanguageModel:
         # Nothing is computed: a config that no layer can be called with shows in the graph.
         module(mx.array([[0]]))
     return LanguageModel(text.name, text.tokenizer, text.size, text.digest, module)
+
+
+def _load(options: ModelOptions, seam: str, lazy: bool, on_cpu: bool) -> nn.Module:
+    """The model in the types that it computes in; `lazy` leaves its weights unread until they are asked for."""
+    utils = _mlx_lm_utils()
+    with _loading(options, seam):
+        folder = locate(options, seam)
+        check_configs(folder)
+        check_weights(folder)
+        module, config = utils.load_model(folder, lazy=lazy, trust_remote_code=False)
+    if "quantization" in config and (options.dequantize == "always" or (options.dequantize == "auto" and on_cpu)):
+        module = utils.dequantize_model(module)
+    if on_cpu:
+        module.set_dtype(mx.float32)
+    elif seam == "student":
+        _halve(module)
+    return module
 
 
 def _halve(module: nn.Module) -> None:
@@ -357,14 +364,13 @@ def _put_on(module: nn.Module, options: ModelOptions, seam: str) -> None:
         )
 
 
-def open_skeleton(options: ModelOptions, seam: str) -> nn.Module:
-    """A model whose weights are not read: its layers and their names."""
-    folder = describe(options, seam).path
-    with _loading(options, seam):
-        check_configs(folder)
-        check_weights(folder)
-        module, _ = _mlx_lm_utils().load_model(folder, lazy=True, trust_remote_code=False)
-    return module
+def open_skeleton(options: ModelOptions, seam: str, as_stored: bool = False) -> nn.Module:
+    """A model whose weights are not read: its layers, their names and shapes, and the types that they are computed in.
+
+    `as_stored`: in those that a GPU computes in, wherever this runs.
+    """
+    describe(options, seam)
+    return _load(options, seam, lazy=True, on_cpu=device_name() == "cpu" and not as_stored)
 
 
 @contextlib.contextmanager

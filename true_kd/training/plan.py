@@ -20,23 +20,31 @@ from true_kd.training.options import TrainingOptions, shape_multiple
 class Room:
     """What is left of a budget of memory above the weights, and the parts of a micro-batch that fit in it."""
 
-    def __init__(
-        self,
+    def __init__(self, memory: StepMemory, weights: int, budget: int, multiple: int = 1) -> None:
+        """`weights`, of the student, and `budget`, which includes them, are in bytes; sequences are padded to a
+        multiple of `multiple`."""
+        self._memory = memory
+        self._weights = weights
+        self._left = budget - weights
+        self._multiple = multiple
+        self._most_tokens = METAL_TOKENS if device_name() == "metal" else None
+
+    @classmethod
+    def of(
+        cls,
         student: nn.Module,
         examples: Sequence[Example],
         options: TrainingOptions,
         losses: LossOptions,
         budget: int,
-    ) -> None:
-        """`budget` is in bytes, the student's weights included."""
+    ) -> Room:
+        """What an open student with its adapter leaves of the budget, for examples with targets like these."""
         vocab = split_head(student).vocab_size
         dense = isinstance(examples[0].targets, HiddenTargets)
         chunk = chunk_rows(losses.chunk, vocab)
-        self._memory = StepMemory.of(student, vocab, chunk, options.grad_checkpoint, dense)
-        self._weights = sum(leaf.nbytes for _, leaf in tree_flatten(student.parameters()))
-        self._left = budget - self._weights
-        self._multiple = shape_multiple(options, losses)
-        self._most_tokens = METAL_TOKENS if device_name() == "metal" else None
+        memory = StepMemory.of(student, vocab, chunk, options.grad_checkpoint, dense)
+        weights = sum(leaf.nbytes for _, leaf in tree_flatten(student.parameters()))
+        return cls(memory, weights, budget, shape_multiple(options, losses))
 
     @property
     def weights(self) -> int:
@@ -47,6 +55,12 @@ class Room:
         """Bytes that the largest of the examples takes when it stands alone, the weights included."""
         needs = [self._memory.bytes(1, self._width(example), len(example.kept)) for example in examples]
         return self._weights + max(needs)
+
+    def need_together(self, examples: Sequence[Example]) -> int:
+        """Bytes that examples take in one micro-batch, the weights included."""
+        width = max(self._width(example) for example in examples)
+        rows = sum(len(example.kept) for example in examples)
+        return self._weights + self._memory.bytes(len(examples), width, rows)
 
     def cut(self, examples: Sequence[Example]) -> list[list[Example]]:
         """The examples in as few parts as fit; one that does not fit stands alone."""
@@ -85,11 +99,12 @@ class Plan:
         """From step `first` to the end: a micro-batch, and whether it is the last of its step."""
         for iteration in range(first, self._options.iters + 1):
             temperature = self.objective(iteration).temperature
-            parts = self._parts(iteration)
+            parts = self.parts(iteration)
             for at, part in enumerate(parts, start=1):
                 yield collate(part, temperature, multiple=self._multiple), at == len(parts)
 
-    def _parts(self, iteration: int) -> list[list[Example]]:
+    def parts(self, iteration: int) -> list[list[Example]]:
+        """The micro-batches of a step, counted from 1."""
         accumulate = self._options.accumulate
         parts = []
         for step in range((iteration - 1) * accumulate, iteration * accumulate):
