@@ -171,3 +171,11 @@ def test_a_whole_run_is_split_into_its_phases(tmp_path: Path) -> None:
     assert {"interpreter", "imports", "plan", "teacher", "certificate", "training", "exit"} < phases.keys()
     assert sum(phases.values()) == pytest.approx(2 * phases["all"], abs=0.1)
     assert found["function"] == ["calls", "seconds", "share of the rest"]
+
+
+@pytest.mark.slow
+def test_plans_are_compared_with_their_runs(tmp_path: Path) -> None:
+    given = ("--set", "training.iters=10", "--set", "isolate=false", "--set", "control=none")
+    found = rows("bench_plan.py", tmp_path, "--domains", "task", "--rounds", "1", *given)
+    assert len(found["plan / run"]) == len(found["task"]) == 8
+    assert all(float(cell) > 0 for cell in found["task"])
