@@ -24,7 +24,7 @@ FLOORS = (
     ("__main__",),
     ("cli", "distiller"),
     ("sweep",),
-    ("pipeline", "console", "doctor"),
+    ("pipeline", "console", "doctor", "preflight"),
     ("student", "probing"),
     ("arms", "teacher", "report"),
     ("datasets", "comparing"),

@@ -10,7 +10,7 @@ from true_kd.capture import TeacherPrompt
 from true_kd.errors import CacheError, InputError
 from true_kd.examples import Example, make_example, render
 from true_kd.jobs import Job
-from true_kd.models import LanguageModel, load_head
+from true_kd.models import LanguageModel, ModelTokenizer, load_head
 from true_kd.prompts import Prompt
 from true_kd.reporting import DataCounts
 from true_kd.shards import CachedReply
@@ -120,17 +120,48 @@ class _Split:
         limit = job.config.training.max_seq_length
         found = []
         for prompt, asked in zip(self.prompts, self._asked, strict=True):
-            reply = _in_student_ids(replies[asked.key], job.vocabulary)
-            opening = render(prompt, student.tokenizer, student.stop_ids, student.name).prompt
-            example = reply and make_example(opening, reply.tokens, reply.targets, reply.kept, prompt.where, limit)
-            if not example:
-                self.unwritable += reply is None
-                self.too_long += reply is not None
+            laid = lay_out(prompt, replies[asked.key], student, job.vocabulary, limit)
+            if not laid.example:
+                self.unwritable += not laid.is_writable
+                self.too_long += laid.is_writable
                 continue
-            self.truncated += len(example.response) < len(reply.tokens)
+            self.truncated += laid.cut > 0
             self.used.append(prompt)
-            found.append(example)
+            found.append(laid.example)
         return found
+
+
+@dataclass(frozen=True)
+class LaidOut:
+    """A prompt and the reply to it in the student's tokens."""
+
+    opening: list[int]
+    """The prompt, ready for the reply."""
+    example: Example | None
+    """What is trained; None where nothing can be."""
+    is_writable: bool
+    """Whether the student has an id for every token of the reply."""
+    cut: int
+    """Tokens at the end of the reply that find no room."""
+
+
+def lay_out(
+    prompt: Prompt, reply: CachedReply, student: ModelTokenizer, vocabulary: VocabularyMap, max_seq_length: int
+) -> LaidOut:
+    """The example that the student makes of a prompt and the teacher's reply to it.
+
+    Raises
+    ------
+    InputError
+        when the student's chat template refuses the prompt.
+    """
+    opening = render(prompt, student.tokenizer, student.stop_ids, student.name).prompt
+    own = _in_student_ids(reply, vocabulary)
+    if own is None:
+        return LaidOut(opening, None, False, 0)
+    example = make_example(opening, own.tokens, own.targets, own.kept, prompt.where, max_seq_length)
+    left = 0 if example is None else len(example.response)
+    return LaidOut(opening, example, True, len(own.tokens) - left)
 
 
 def _in_student_ids(reply: CachedReply, vocabulary: VocabularyMap) -> CachedReply | None:

@@ -1,0 +1,8 @@
+"""What may go wrong with a run on this machine, and what to do: `true-kd doctor`, and the text to paste into an issue.
+
+Nothing is written, and no secret is ever part of what is found.
+"""
+
+from true_kd.doctor.checks import Check, examine_machine, verdict_of
+
+__all__ = ["Check", "examine_machine", "verdict_of"]
