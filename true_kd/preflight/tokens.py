@@ -252,9 +252,9 @@ def _tell(tally: _Tally, config: RunConfig, sheet: Sheet) -> None:
         cut, of, where = max(tally.cut)
         sheet.warning(
             "length",
-            f"{where}: {cut:,} of the {of:,} tokens of the reply are cut off, the most of {len(tally.cut)} replies "
-            f"({percent(len(tally.cut) / tally.replies)}) that training.max_seq_length={limit} cuts, expected none. "
-            f"Raise --max-seq-length by {cut}, or shorten them.",
+            f"{where}: {cut:,} of the {of:,} tokens of the reply find no room within training.max_seq_length={limit}, "
+            f"expected all: the worst of {len(tally.cut)} cut among {tally.replies} replies "
+            f"({percent(len(tally.cut) / tally.replies)}). Raise --max-seq-length by {cut}, or shorten them.",
         )
     if tally.short:
         room, where = min(tally.short)
@@ -272,8 +272,8 @@ def _check_answers(valid: Sequence[Prompt], student: ModelTokenizer, config: Run
     for prompt in valid:
         if prompt.answer is None or prompt.where in known:
             continue
-        ideal = f"{config.evaluation.answer_marker} {prompt.answer}"
-        tokens = list(student.tokenizer.encode(ideal, add_special_tokens=False))
+        # The shortest reply that could be right.
+        tokens = list(student.tokenizer.encode(prompt.answer, add_special_tokens=False))
         if not right_answers([prompt], [tokens], student, config.evaluation)[0]:
             written = student.tokenizer.decode(tokens)
             sheet.problem(
