@@ -164,6 +164,15 @@ def test_the_pieces_of_the_tokens_are_their_text_special_tokens_included(place: 
     assert example["prompt_tokens"] + example["trained_tokens"] == len(example["tokens"])
 
 
+def test_with_a_budget_the_cache_that_it_chose_is_found(place: Place, validate) -> None:
+    place.config["targets"] = {"bytes_per_token": 60}
+    assert {one["reply"] for one in json.loads(validate("--json").out)["domains"][0]["examples"]} == {"teacher"}
+    trained = trained_by(place)
+    examples = json.loads(validate("--show", "9", "--json").out)["domains"][0]["examples"]
+    assert {one["reply"] for one in examples} == {"cache"}
+    assert {one["where"]: [(token["id"], token["trained"]) for token in one["tokens"]] for one in examples} == trained
+
+
 # How they are shown.
 
 HOSTILE = "+ trained\n. read\t\x1b[31mred ↵ \u2028 end\n\n"

@@ -146,7 +146,7 @@ _TRAINED, _READ = "+ ", ". "
 """How the lines of a token that is trained begin, and of one that is only read: no text of a prompt comes first."""
 
 _LEGEND = "(Lines with + are trained, those with . only read; ↵ is a line end.)"
-_COLOUR_LEGEND = "(The tokens on a ground are trained, the others only read; ↵ is a line end.)"
+_COLOUR_LEGEND = "(Highlighted tokens are trained, the others only read; ↵ is a line end.)"
 
 # Two grounds in turn, so that each token is seen; black on yellow is readable on light and dark terminals.
 _GROUNDS = ("black on color(229)", "black on color(221)")

@@ -8,7 +8,8 @@ from functools import cache
 
 import numpy as np
 
-from true_kd.cache import TargetCache
+from true_kd import stores
+from true_kd.cache import CacheIdentity, TargetCache
 from true_kd.capture import TeacherPrompt, render_for, teacher_identity
 from true_kd.config import RunConfig
 from true_kd.datasets import LaidOut, lay_out
@@ -157,23 +158,37 @@ def _ask(met: Sequence[Met], teacher: ModelTokenizer, config: RunConfig, sheet: 
 
 def _look_up(met: Sequence[Met], teacher: ModelTokenizer, config: RunConfig, sheet: Sheet) -> None:
     """Read the replies that the cache holds; it is neither made nor touched."""
-    if config.targets.has_budget:
-        sheet.not_checked(
-            "what the cache holds: with targets.bytes_per_token or targets.gigabytes a measurement chooses the cache."
-        )
-    else:
-        try:
-            store = TargetCache(config.cache_folder, teacher_identity(teacher, config.targets.settings))
-            there = [one for one in met if one.asked and one.asked.key in store]
-            replies = store.read(dict.fromkeys(one.asked.key for one in there), note_use=False) if there else {}
-        except TrueKDError as error:
-            sheet.not_checked(f"what the cache holds: {error}")
-            replies, there = {}, []
-        for one in there:
-            one.reply, one.is_cached = replies[one.asked.key], True
+    try:
+        store = _find_cache(teacher, config)
+        there = [one for one in met if store and one.asked and one.asked.key in store]
+        replies = store.read(dict.fromkeys(one.asked.key for one in there), note_use=False) if there else {}
+    except TrueKDError as error:
+        sheet.not_checked(f"what the cache holds: {error}")
+        replies, there = {}, []
+    for one in there:
+        one.reply, one.is_cached = replies[one.asked.key], True
     for one in met:
         if one.reply is None and one.asked and one.asked.rendered.response is not None:
             one.reply = _without_targets(one.asked.rendered.response)
+
+
+def _find_cache(teacher: ModelTokenizer, config: RunConfig) -> TargetCache | None:
+    """The cache that a run would use; None where a budget has not chosen one yet, or may choose any of several."""
+    options, root = config.targets, config.cache_folder
+    if not options.has_budget:
+        return TargetCache(root, teacher_identity(teacher, options.settings))
+    wanted = {name: getattr(options.settings, name) for name in ("kind", "share", "draw_temperature")}
+    found = [
+        store
+        for store in (stores.scan(root).stores if root.is_dir() else ())
+        if store.is_current
+        and store.identity.get("teacher") == teacher.digest
+        and all(store.settings.get(name) == value for name, value in wanted.items())
+    ]
+    if len(found) != 1:
+        return None
+    facts = {name: fact for name, fact in found[0].identity.items() if name != "format"}
+    return TargetCache(root, CacheIdentity(facts))
 
 
 def _assume(met: Sequence[Met], student: ModelTokenizer, config: RunConfig, sheet: Sheet) -> None:
