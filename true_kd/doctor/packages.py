@@ -29,7 +29,8 @@ class Fault:
 
 
 KNOWN_BAD = (
-    # 0.31.3 runs it; the gate is there in 0.32.2, where it was looked for. https://nvd.nist.gov/vuln/detail/CVE-2026-5843
+    # 0.31.3 runs it, 0.32.2 has a gate before it, those between were not looked at. The gate:
+    # https://github.com/ml-explore/mlx-lm/commit/bfa25a16f9c5285257e3494fc05e9f8d009a422a
     Fault("mlx-lm", "0.32.2", "it runs the Python file that a model's config names", "CVE-2026-5843"),
     # https://github.com/pydantic/pydantic-ai/pull/6310
     Fault("transformers", "5.3.0", "a model's config can make it download and run code", "CVE-2026-4372"),
