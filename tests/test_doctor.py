@@ -11,15 +11,17 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
+import jsonschema
 import pytest
 from conftest import Ended
 from packaging.requirements import Requirement
 from packaging.version import Version
+from pydantic import TypeAdapter
 
 from true_kd import blas
 from true_kd.backend import device_name
 from true_kd.cli.checking import _show_check
-from true_kd.doctor import Check, trial, verdict_of
+from true_kd.doctor import Check, Diagnosis, trial, verdict_of
 from true_kd.doctor.mac import judge_power, judge_system, judge_wired, read_power, read_settings
 from true_kd.doctor.machine import check_blas, check_device, check_disks, check_files, check_memory, judge_disk
 from true_kd.doctor.packages import (
@@ -67,6 +69,7 @@ def test_a_machine_in_order_is_told_so(cli: Callable[..., Ended], elsewhere: Pat
 def test_everything_has_a_name_a_verdict_and_what_was_found(cli: Callable[..., Ended], elsewhere: Path) -> None:
     ended = cli("doctor", "--json")
     report = json.loads(ended.out)
+    jsonschema.validate(report, TypeAdapter(Diagnosis).json_schema())
     assert set(report) == {"verdict", "checks"}
     assert {tuple(check) for check in report["checks"]} == {("name", "verdict", "found", "advice")}
     names = set(checks_of(ended))

@@ -14,8 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from conftest import Ended, save_random_model
+from pydantic import TypeAdapter
 from rich.console import Console
 from test_cli import only_line, tree
 from test_pipeline import SCORED, Place, plan_of
@@ -26,7 +28,7 @@ from true_kd.cli.checking import _colour, _marked
 from true_kd.datasets import build_data
 from true_kd.models import ModelOptions, open_model
 from true_kd.pipeline import distill
-from true_kd.preflight import ShownToken
+from true_kd.preflight import Report, ShownToken
 
 ASK = tuple(f"say hello to {count} cats" for count in range(5))
 CHECK = ({"prompt": "who is there", "answer": "the cat"}, {"prompt": "who sat down", "answer": "a dog"})
@@ -267,6 +269,22 @@ def test_a_broken_base_config_is_listed_whole_where_it_says_where_the_domains_ar
     assert (report["problems"], len(report["findings"])) == (5, 5)
 
 
+def test_a_config_of_no_domain_is_told_with_what_was_meant(place: Place, validate) -> None:
+    place.write("cats", ASK, CHECK)
+    (place.root / "cast.yaml").write_text("seed: 1\n")
+    ended = validate("--show", "0")
+    assert ended.code == 0
+    assert f"warning: {place.root}/cast.yaml: is read for no domain; did you mean 'cats'?" in ended.out
+    assert [finding["kind"] for finding in json.loads(validate("--json").out)["findings"]] == ["config"]
+    assert "cast.yaml" not in validate("-d", "a").out, "whoever names a domain asks of that alone"
+
+
+def test_a_name_that_no_domain_has_is_one_problem(validate) -> None:
+    ended = validate("-d", "Cats")
+    assert (ended.code, ended.out.count("not a domain name")) == (2, 1)
+    assert ended.out.endswith("\n1 problem, 0 warnings in Cats.\n")
+
+
 def test_without_a_config_one_line_says_so(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     ended = cli("validate")
@@ -407,6 +425,16 @@ def test_replies_that_the_teacher_left_unfinished_are_counted(place: Place, vali
     [finding] = [finding for finding in found(validate("--json")) if finding["kind"] == "reply"]
     assert finding["severity"] == "warning"
     assert "ends at capture.max_tokens=12, the first of " in finding["message"]
+
+
+def test_what_is_printed_for_programs_keeps_to_its_schema(place: Place, validate) -> None:
+    schema = TypeAdapter(Report).json_schema()
+    place.write("b", [*ASK, ASK[0], LONG, {"prompt": "tell", "completion": LONG}], CHECK)
+    place.write("c", [{"promt": 1}], CHECK)
+    for flags in ((), ("-d", "c"), ("--set", "bogus=1")):
+        jsonschema.validate(json.loads(validate("--json", *flags).out), schema)
+    described = [part for part in schema["$defs"].values() if part.get("type") == "object"]
+    assert all("description" in field or "$ref" in field for part in described for field in part["properties"].values())
 
 
 # Models that are not here.

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from true_kd.doctor import Check
-    from true_kd.preflight import DomainReport, ShownExample, ShownToken
+    from true_kd.preflight import DomainReport, Finding, ShownExample, ShownToken
 
 
 def validate(
@@ -57,44 +57,35 @@ def validate(
     """
     from true_kd.config import NoConfigs
     from true_kd.jobs import choose_domains
-    from true_kd.preflight import examine
+    from true_kd.preflight import Sheet, examine, find_stray_configs, sum_up
 
     flags = {"teacher": teacher, "student": student, "prompts": prompts}
     flags |= {"max_seq_length": max_seq_length, "vocab_strategy": vocab_strategy}
     given, named = overrides(flags, sets), domain or []
+    sheet, domains, told = Sheet(), [], set()
     try:
         domains = choose_domains(config, named, everything or not named, given)
     except NoConfigs:
         raise
     except Problems as error:
         # The list is what was asked for: here it is not cut to a few lines.
-        _say_problems(error.lines, as_json)
-        return 2
+        sheet.refused("config", error)
+    findings = sheet.findings if named or not domains else find_stray_configs(config, domains)
     reports: list[DomainReport] = []
-    told: set[str] = set()
     console = colour_console()
+    if not as_json:
+        _show_findings(findings, told)
     for report in examine(config, domains, given, show):
         reports.append(report)
         if not as_json:
             _show_domain(report, told, console)
-    found = {finding for report in reports for finding in report.findings}
-    problems = sum(finding.severity == "problem" for finding in found)
+    whole = sum_up(findings, reports)
     if as_json:
-        warnings = len(found) - problems
-        say_json({"problems": problems, "warnings": warnings, "domains": [asdict(report) for report in reports]})
+        say_json(asdict(whole))
     else:
-        _say(f"{_number(problems, 'problem')}, {_number(len(found) - problems, 'warning')} in {_domains(reports)}.")
-    return 2 if problems else 0
-
-
-def _say_problems(lines: Sequence[str], as_json: bool) -> None:
-    if as_json:
-        found = [{"severity": "problem", "kind": "config", "message": line} for line in lines]
-        say_json({"problems": len(lines), "warnings": 0, "findings": found, "domains": []})
-        return
-    for line in lines:
-        _say(line)
-    _say(f"{_number(len(lines), 'problem')}.")
+        where = f" in {_domains(reports)}" if reports else ""
+        _say(f"{_number(whole.problems, 'problem')}, {_number(whole.warnings, 'warning')}{where}.")
+    return 2 if whole.problems else 0
 
 
 def _number(count: int, what: str) -> str:
@@ -112,10 +103,7 @@ def _say(line: str) -> None:
 def _show_domain(report: DomainReport, told: set[str], console: Console | None) -> None:
     """Print what was found of a domain, without what was told of another already."""
     _say(f"{report.domain}: {_holdings(report)}")
-    for finding in report.findings:
-        if finding.message not in told:
-            told.add(finding.message)
-            _say(finding.message if finding.severity == "problem" else f"warning: {finding.message}")
+    _show_findings(report.findings, told)
     for line in report.unchecked:
         if line not in told:
             told.add(line)
@@ -128,6 +116,13 @@ def _show_domain(report: DomainReport, told: set[str], console: Console | None) 
     if report.examples:
         _say(_LEGEND if console is None else _COLOUR_LEGEND)
     _say("")
+
+
+def _show_findings(findings: Sequence[Finding], told: set[str]) -> None:
+    for finding in findings:
+        if finding.message not in told:
+            told.add(finding.message)
+            _say(finding.message if finding.severity == "problem" else f"warning: {finding.message}")
 
 
 def _holdings(report: DomainReport) -> str:
@@ -212,7 +207,7 @@ def doctor(as_json: AsJson = False) -> int:
 
     Exit code 4 where there is a problem, 0 where there are none or only warnings.
     """
-    from true_kd.doctor import examine_machine, verdict_of
+    from true_kd.doctor import Diagnosis, examine_machine, verdict_of
 
     checks = []
     console = colour_console()
@@ -222,7 +217,7 @@ def doctor(as_json: AsJson = False) -> int:
             _show_check(check, console)
     verdict = verdict_of(checks)
     if as_json:
-        say_json({"verdict": verdict, "checks": [asdict(check) for check in checks]})
+        say_json(asdict(Diagnosis(verdict, tuple(checks))))
     else:
         counts = {name: sum(check.verdict == name for check in checks) for name in ("problem", "warning")}
         _say(f"{_number(counts['problem'], 'problem')}, {_number(counts['warning'], 'warning')}.")

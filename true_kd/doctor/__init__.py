@@ -3,6 +3,7 @@
 Nothing is written, and no secret is ever part of what is found.
 """
 
-from true_kd.doctor.checks import Check, examine_machine, verdict_of
+from true_kd.doctor.checks import examine_machine, verdict_of
+from true_kd.doctor.verdicts import Check, Diagnosis
 
-__all__ = ["Check", "examine_machine", "verdict_of"]
+__all__ = ["Check", "Diagnosis", "examine_machine", "verdict_of"]

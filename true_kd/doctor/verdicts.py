@@ -22,3 +22,13 @@ class Check:
     """What was found."""
     advice: str = ""
     """What to do, where there is something."""
+
+
+@record
+class Diagnosis:
+    """What `true-kd doctor --json` prints."""
+
+    verdict: Verdict
+    """The worst of all checks."""
+    checks: tuple[Check, ...]
+    """In the order in which they were made."""

@@ -4,7 +4,27 @@ Nothing is written, downloaded or trained, and no weights are opened. What a run
 functions that the run calls; here is only what to say of it.
 """
 
-from true_kd.preflight.domains import examine
-from true_kd.preflight.findings import Counts, DomainReport, Finding, ShownExample, ShownToken
+from true_kd.preflight.domains import examine, find_stray_configs
+from true_kd.preflight.findings import (
+    Counts,
+    DomainReport,
+    Finding,
+    Report,
+    Sheet,
+    ShownExample,
+    ShownToken,
+    sum_up,
+)
 
-__all__ = ["Counts", "DomainReport", "Finding", "ShownExample", "ShownToken", "examine"]
+__all__ = [
+    "Counts",
+    "DomainReport",
+    "Finding",
+    "Report",
+    "Sheet",
+    "ShownExample",
+    "ShownToken",
+    "examine",
+    "find_stray_configs",
+    "sum_up",
+]

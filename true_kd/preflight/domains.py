@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from true_kd.config import Override, RunConfig, load_config
+from true_kd.config import Override, RunConfig, base_path, load_config
 from true_kd.errors import Problems, TrueKDError
 from true_kd.jobs import read_domain, refuse_links
 from true_kd.preflight.content import check_content
-from true_kd.preflight.findings import DomainReport, Sheet
+from true_kd.preflight.findings import DomainReport, Finding, Sheet
 from true_kd.preflight.tokens import Models, check_tokens
 from true_kd.prompts import SPLITS, Prompt, check_domain_name, has_split, load_prompts
+from true_kd.suggest import did_you_mean
 
 
 def examine(
@@ -24,6 +25,17 @@ def examine(
     models = Models()
     for domain in domains:
         yield _examine(base, domain, overrides, show, models)
+
+
+def find_stray_configs(base: Path | None, domains: Sequence[str]) -> list[Finding]:
+    """Files beside the base config that look like a domain's, and are of none of `domains`: nothing reads them."""
+    path = base_path(base)
+    sheet = Sheet()
+    for other in sorted(path.parent.glob("*.yaml")):
+        if other != path and other.stem not in domains:
+            hint = did_you_mean(other.stem, domains) or f", expected one of {', '.join(domains)}. Rename or remove it."
+            sheet.warning("config", f"{other}: is read for no domain{hint}")
+    return sheet.findings
 
 
 def _examine(base: Path | None, domain: str, overrides: Sequence[Override], show: int, models: Models) -> DomainReport:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -94,6 +95,27 @@ class DomainReport:
     """The first training prompts."""
 
 
+@record
+class Report:
+    """What `true-kd validate --json` prints."""
+
+    problems: int
+    """How many; what several domains share counts once."""
+    warnings: int
+    """How many, likewise."""
+    findings: tuple[Finding, ...]
+    """Those of no single domain."""
+    domains: tuple[DomainReport, ...]
+    """One for each domain that was looked at."""
+
+
+def sum_up(findings: Sequence[Finding], domains: Sequence[DomainReport]) -> Report:
+    """The report on some domains, and on what is of no single one."""
+    found = {finding for report in domains for finding in report.findings} | set(findings)
+    problems = sum(finding.severity == "problem" for finding in found)
+    return Report(problems, len(found) - problems, tuple(findings), tuple(domains))
+
+
 @dataclass
 class Sheet:
     """Collects what is found of a domain."""
@@ -120,5 +142,5 @@ class Sheet:
             self.unchecked.append(redact(what))
 
     def _note(self, finding: Finding) -> None:
-        if finding not in self.findings:
+        if finding.message not in {known.message for known in self.findings}:
             self.findings.append(finding)
