@@ -22,7 +22,7 @@ from true_kd import blas
 from true_kd.backend import device_name
 from true_kd.cli.checking import _show_check
 from true_kd.doctor import Check, Diagnosis, trial, verdict_of
-from true_kd.doctor.mac import judge_power, judge_system, judge_wired, read_power, read_settings
+from true_kd.doctor.mac import check_mac, judge_power, judge_system, judge_wired, read_power, read_settings
 from true_kd.doctor.machine import check_blas, check_device, check_disks, check_files, check_memory, judge_disk
 from true_kd.doctor.packages import (
     KNOWN_BAD,
@@ -392,3 +392,39 @@ def test_nearly_all_memory_wired_is_a_warning(text: str, verdict: str) -> None:
 @pytest.mark.parametrize(("version", "verdict"), [("13.6.1", "problem"), ("14.0", "ok"), ("26.1", "ok"), ("", "ok")])
 def test_a_macos_without_wheels_is_a_problem(version: str, verdict: str) -> None:
     assert judge_system(version).verdict == verdict
+
+
+@pytest.fixture
+def as_on_a_mac(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Has the checks of a Mac run here; what they call is looked for in the folder that is returned."""
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setattr("true_kd.doctor.mac.sys.platform", "darwin")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    return tmp_path / "bin"
+
+
+def test_where_pmset_and_sysctl_say_nothing_the_checks_of_a_mac_complain_of_nothing(as_on_a_mac: Path) -> None:
+    assert {check.name: check.verdict for check in check_mac()} == {
+        "macos": "ok",
+        "power": "ok",
+        "gpu memory": "ok",
+        "display": "ok",
+    }
+
+
+def test_what_pmset_and_sysctl_print_is_read_and_judged(as_on_a_mac: Path) -> None:
+    settings = SETTINGS.format(low=1).replace(" (sleep prevented by sharingd)", "")
+    printed = {
+        "pmset": f'[ "$2" = batt ] && /bin/echo "{ON_BATTERY}" || /bin/echo "{settings}"',
+        "sysctl": "echo 999999999",
+    }
+    for name, line in printed.items():
+        (as_on_a_mac / name).write_text(f"#!/bin/sh\n{line}\n")
+        (as_on_a_mac / name).chmod(0o755)
+    warnings = [check.name for check in check_mac() if check.verdict == "warning"]
+    assert warnings == ["power", "low power mode", "sleep", "gpu memory"]
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="a Mac has them")
+def test_elsewhere_there_are_no_checks_of_a_mac() -> None:
+    assert list(check_mac()) == []
