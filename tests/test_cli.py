@@ -28,7 +28,7 @@ from true_kd.models import ModelOptions
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
     *("distill", "capture", "demo", "evaluate", "analyze", "sweep"),
-    *("report", "compare", "chat", "generate", "init", "doctor", "cache"),
+    *("report", "compare", "chat", "generate", "init", "validate", "doctor", "cache"),
 )
 DOMAINS = ("action", "debug", "memory", "reflection", "task", "thinking")
 PROMPTS = "".join(f"the cat number {number} sat on the mat\n" for number in range(6))
@@ -559,7 +559,9 @@ def test_a_cache_that_cannot_be_written_is_no_bug_of_ours(cli, project: Path) ->
 
 def test_a_cache_below_a_home_that_is_not_there_is_no_bug_of_ours(cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRUE_KD_CACHE", "~nobody-of-this-name/cache")
-    assert "~nobody-of-this-name" in refused(cli("doctor"))
+    ended = cli("doctor")
+    assert (ended.code, ended.err) == (4, "")
+    assert "problem  target cache: $TRUE_KD_CACHE '~nobody-of-this-name/cache'" in ended.out
 
 
 def test_a_file_where_the_adapter_folder_belongs_is_no_bug_of_ours(cli, project: Path) -> None:

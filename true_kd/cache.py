@@ -138,8 +138,12 @@ class TargetCache:
                 else:
                     self._whole[file] = False
 
-    def read(self, keys: Iterable[str], head: TeacherHead | None = None) -> dict[str, CachedReply]:
+    def read(
+        self, keys: Iterable[str], head: TeacherHead | None = None, note_use: bool = True
+    ) -> dict[str, CachedReply]:
         """The replies of `keys`, each of which must be present; `head` reads targets that are hidden states.
+
+        `note_use`: leave word of it for `true-kd cache prune`.
 
         Raises
         ------
@@ -155,9 +159,9 @@ class TargetCache:
         found: dict[str, CachedReply] = {}
         for name, members in wanted.items():
             found.update(self._unpack(name, members, head))
-        with contextlib.suppress(OSError):
-            # When it was last used, for `true-kd cache prune`; a read-only disk has to do without.
-            os.utime(self.folder / MANIFEST)
+        if note_use:
+            with contextlib.suppress(OSError):  # a read-only disk has to do without
+                os.utime(self.folder / MANIFEST)
         return found
 
     def add(self, replies: Mapping[str, CachedReply]) -> None:

@@ -47,8 +47,8 @@ def build_data(job: Job, student: LanguageModel) -> DomainData:
     keys = [prompt.key for prompt in (*targets.train, *targets.valid)]
     replies = read_replies(targets.cache, keys)
     splits = {
-        "train": lay_out(job, job.train_prompts, targets.train, replies, student),
-        "valid": lay_out(job, job.valid_prompts, targets.valid, replies, student),
+        "train": build_split(job, job.train_prompts, targets.train, replies, student),
+        "valid": build_split(job, job.valid_prompts, targets.valid, replies, student),
     }
     examples = {name: split.examples for name, split in splits.items()}
     for name, found in examples.items():
@@ -82,7 +82,7 @@ def sample_data(
 ) -> tuple[list[Example], bool]:
     """Examples of some captured prompts of a job, and whether all their replies are the data's own."""
     replies = read_replies(cache, [prompt.key for prompt in asked])
-    examples = lay_out(job, prompts, asked, replies, student).examples
+    examples = build_split(job, prompts, asked, replies, student).examples
     return examples, all(reply.finished == "given" for reply in replies.values())
 
 
@@ -106,7 +106,7 @@ def read_replies(cache: TargetCache, keys: Sequence[str]) -> dict[str, CachedRep
 
 
 @dataclass
-class LaidOut:
+class Split:
     """Training or validation prompts as the student meets them, and what had to be cut or left out."""
 
     prompts: int
@@ -121,28 +121,58 @@ class LaidOut:
     """Replies with tokens that the student lacks."""
 
 
-def lay_out(
+def build_split(
     job: Job,
     prompts: Sequence[Prompt],
     asked: Sequence[TeacherPrompt],
     replies: Mapping[str, CachedReply],
     student: ModelTokenizer,
-) -> LaidOut:
+) -> Split:
     """The examples of some prompts of a job, whose vocabulary map is known, from the replies to them by key."""
-    limit = job.config.training.max_seq_length
-    laid_out = LaidOut(len(prompts))
+    split = Split(len(prompts))
     for prompt, item in zip(prompts, asked, strict=True):
-        reply = _in_student_ids(replies[item.key], job.vocabulary)
-        opening = render(prompt, student.tokenizer, student.stop_ids, student.name).prompt
-        example = reply and make_example(opening, reply.tokens, reply.targets, reply.kept, prompt.where, limit)
-        if not example:
-            laid_out.unwritable += reply is None
-            laid_out.too_long += reply is not None
+        laid = lay_out(prompt, replies[item.key], student, job.vocabulary, job.config.training.max_seq_length)
+        if not laid.example:
+            split.unwritable += not laid.is_writable
+            split.too_long += laid.is_writable
             continue
-        laid_out.truncated += len(example.response) < len(reply.tokens)
-        laid_out.used.append(prompt)
-        laid_out.examples.append(example)
-    return laid_out
+        split.truncated += laid.cut > 0
+        split.used.append(prompt)
+        split.examples.append(laid.example)
+    return split
+
+
+@dataclass(frozen=True)
+class LaidOut:
+    """A prompt and the reply to it in the student's tokens."""
+
+    opening: list[int]
+    """The prompt, ready for the reply."""
+    example: Example | None
+    """What is trained; None where nothing can be."""
+    is_writable: bool
+    """Whether the student has an id for every token of the reply."""
+    cut: int
+    """Tokens at the end of the reply that find no room."""
+
+
+def lay_out(
+    prompt: Prompt, reply: CachedReply, student: ModelTokenizer, vocabulary: VocabularyMap, max_seq_length: int
+) -> LaidOut:
+    """The example that the student makes of a prompt and the teacher's reply to it.
+
+    Raises
+    ------
+    InputError
+        when the student's chat template refuses the prompt.
+    """
+    opening = render(prompt, student.tokenizer, student.stop_ids, student.name).prompt
+    own = _in_student_ids(reply, vocabulary)
+    if own is None:
+        return LaidOut(opening, None, False, 0)
+    example = make_example(opening, own.tokens, own.targets, own.kept, prompt.where, max_seq_length)
+    left = 0 if example is None else len(example.response)
+    return LaidOut(opening, example, True, len(own.tokens) - left)
 
 
 def _in_student_ids(reply: CachedReply, vocabulary: VocabularyMap) -> CachedReply | None:

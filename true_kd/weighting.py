@@ -17,6 +17,15 @@ from true_kd.losses import WeighBy
 from true_kd.prompts import Prompt
 
 
+class NoReward(InputError):
+    """A training record has no reward, and is to be weighed by it."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(
+            f"{where}: no 'reward', expected one in every training record where losses.weigh_by is reward. Add it."
+        )
+
+
 def weigh_tokens(examples: Sequence[Example], prompts: Sequence[Prompt], weigh_by: WeighBy) -> list[Example]:
     """The training examples with their weights; `prompts` are those they came from, in the same order.
 
@@ -45,10 +54,7 @@ _LEAST_ENTROPY = 1e-6
 def _raw_weights(example: Example, prompt: Prompt, weigh_by: WeighBy) -> np.ndarray:
     if weigh_by == "reward":
         if prompt.reward is None:
-            raise InputError(
-                f"{prompt.where}: no 'reward', expected one in every training record where losses.weigh_by is reward. "
-                "Add it."
-            )
+            raise NoReward(prompt.where)
         return np.full(len(example.kept), prompt.reward)
     entropies = np.maximum(example.targets.entropies, 0.0)
     return entropies if weigh_by == "entropy" else 1.0 / (1.0 + entropies)

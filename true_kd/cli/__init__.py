@@ -33,7 +33,8 @@ COMMANDS: Mapping[str, tuple[str, str, str]] = {
     "generate": ("talking", "generate", "Print the reply of the student with its adapter, for scripts."),
     "cache": ("caches", "app", "Look after the caches of teacher targets."),
     "init": ("setup", "init", "Lay out configs/ and prompts/ to start from."),
-    "doctor": ("setup", "doctor", "Show versions, device and BLAS: what to paste into an issue."),
+    "validate": ("checking", "validate", "Find all that is wrong with configs and prompts, and show what is trained."),
+    "doctor": ("checking", "doctor", "Check this machine: versions, device, memory, disk, hub, a small computation."),
 }
 """Each command: its module in this package, its function there, and what the overview says of it."""
 

@@ -1,13 +1,28 @@
-"""What commands print for programs."""
+"""What commands print: JSON for programs, and colours where there are some."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+import os
+import sys
+from typing import TYPE_CHECKING, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def say_json(value: Any, indent: int | None = 2) -> None:
     """Print a value as JSON on stdout; NaN and infinity are refused (ValueError)."""
     typer.echo(json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False))
+
+
+def colour_console() -> Console | None:
+    """Where stdout is a terminal that shows colours, and NO_COLOR is not set; else None."""
+    if not sys.stdout.isatty() or os.environ.get("TERM") in ("dumb", "unknown") or os.environ.get("NO_COLOR"):
+        return None
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.color_system else None

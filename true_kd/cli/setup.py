@@ -1,4 +1,4 @@
-"""`init` and `doctor`: what to start from, and what this machine is."""
+"""`init`: what to start from."""
 
 from __future__ import annotations
 
@@ -26,13 +26,4 @@ def init(
     typer.echo(printable(f"{path}: {len(written)} files written, {len(kept)} already there and kept."))
     inside = "" if path == Path() else f"cd {shlex.quote(str(path))} && "
     typer.echo(printable(f"Next: {inside}true-kd distill --domain thinking"))
-    return 0
-
-
-def doctor() -> int:
-    """Show versions, device and BLAS: what to paste into an issue."""
-    from true_kd.doctor import describe_machine
-
-    for name, value in describe_machine().items():
-        typer.echo(f"{name:<14}{value}")
     return 0

@@ -31,12 +31,18 @@ def right_answers(
     stop = set(model.stop_ids)
     return np.array(
         [
-            extract_answer(model.tokenizer.decode([token for token in reply if token not in stop]), evaluation)
-            == _squeezed(prompt.answer or "")
+            gives_answer(
+                model.tokenizer.decode([token for token in reply if token not in stop]), prompt.answer or "", evaluation
+            )
             for prompt, reply in zip(prompts, replies, strict=True)
         ],
         dtype=bool,
     )
+
+
+def gives_answer(reply: str, answer: str, evaluation: EvaluationOptions) -> bool:
+    """Whether a reply gives an answer."""
+    return extract_answer(reply, evaluation) == _squeezed(answer)
 
 
 def extract_answer(reply: str, evaluation: EvaluationOptions) -> str:

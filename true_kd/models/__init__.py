@@ -15,6 +15,7 @@ from true_kd.models.generation import (
     uniforms_of,
 )
 from true_kd.models.heads import Split, load_head, save_head, split_head
+from true_kd.models.hub_access import HubAccess, hub_access
 from true_kd.models.inspection import check_safetensors
 from true_kd.models.lora import (
     LoraOptions,
@@ -30,12 +31,14 @@ from true_kd.models.opening import (
     ModelFiles,
     ModelOptions,
     ModelTokenizer,
+    NotDownloaded,
     describe,
     known_digests,
     locate,
     open_model,
     open_skeleton,
     open_tokenizer,
+    open_tokenizer_here,
     release_memory,
     save_stand_in,
     take_over_digests,
@@ -50,11 +53,13 @@ from true_kd.models.text import token_pieces
 __all__ = [
     "STAND_IN",
     "DecodingStep",
+    "HubAccess",
     "LanguageModel",
     "LoraOptions",
     "ModelFiles",
     "ModelOptions",
     "ModelTokenizer",
+    "NotDownloaded",
     "Reply",
     "SamplingOptions",
     "Split",
@@ -72,6 +77,7 @@ __all__ = [
     "decoding_speed",
     "describe",
     "generate_replies",
+    "hub_access",
     "is_finite",
     "known_digests",
     "load_head",
@@ -80,6 +86,7 @@ __all__ = [
     "open_model",
     "open_skeleton",
     "open_tokenizer",
+    "open_tokenizer_here",
     "parameter_count",
     "read_stand_in",
     "recompute_layers",

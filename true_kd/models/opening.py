@@ -12,7 +12,7 @@ import re
 import resource
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,13 +84,27 @@ class LanguageModel(ModelTokenizer):
     module: nn.Module
 
 
-def locate(options: ModelOptions, seam: str) -> Path:
+class NotDownloaded(ModelError):
+    """A model of the hub is not on this disk, and was not to be downloaded."""
+
+    def __init__(self, options: ModelOptions, seam: str) -> None:
+        super().__init__(
+            f"{seam} {quote(options.model)}: not downloaded yet, expected it in the hub's cache. A run downloads it, "
+            f"or `hf download {redact(printable(options.model))}`."
+        )
+
+
+def locate(options: ModelOptions, seam: str, download: bool = True) -> Path:
     """The local folder of a model, downloaded from the hub where need be; or a teacher's stand-in, which is a file.
+
+    Without `download` nothing is, and nobody is asked.
 
     Raises
     ------
     ModelError
         when there is no such folder or repository, or the hub cannot be reached; `seam` (teacher, student) names it.
+    NotDownloaded
+        when it would have to be downloaded.
     """
     path = pocket.locate(options.model, seam)
     if path.is_dir():
@@ -105,17 +119,27 @@ def locate(options: ModelOptions, seam: str) -> Path:
             f"{seam} {quote(options.model)}: no such folder, expected an mlx-lm model folder or a hub id like "
             "mlx-community/Qwen2.5-3B-Instruct-4bit. Check the path."
         )
-    return _download(options, seam)
+    return _from_hub(options, seam, download)
 
 
-def _download(options: ModelOptions, seam: str) -> Path:
+def _from_hub(options: ModelOptions, seam: str, download: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(options.model, revision=options.revision, allow_patterns=patterns))
+        folder = Path(
+            snapshot_download(
+                options.model, revision=options.revision, allow_patterns=patterns, local_files_only=not download
+            )
+        )
+        # What a download that was broken off has left.
+        if not download and not (any(folder.glob("model*.safetensors")) and (folder / "config.json").is_file()):
+            raise NotDownloaded(options, seam)
+        return folder
     except LocalEntryNotFoundError as error:
+        if not download:
+            raise NotDownloaded(options, seam) from error
         raise ModelError(
             f"{seam} {quote(options.model)}: not in the local hub cache, and the hub cannot be reached. "
             "Go online once, or give a local folder."
@@ -280,6 +304,20 @@ def open_tokenizer(options: ModelOptions, seam: str) -> ModelTokenizer:
                 folder, {**no_paths, "trust_remote_code": False}, eos_token_ids=config.get("eos_token_id", None)
             )
     return ModelTokenizer(options.model, tokenizer, size, files.digest)
+
+
+def open_tokenizer_here(options: ModelOptions, seam: str) -> ModelTokenizer:
+    """The tokenizer of a model that is on this disk: nothing is downloaded, and the hub is not asked for a newer one.
+
+    Raises
+    ------
+    NotDownloaded
+        when it is not here.
+    ModelError
+        as `open_tokenizer` does.
+    """
+    here = options.model_copy(update={"model": str(locate(options, seam, download=False))})
+    return replace(open_tokenizer(here, seam), name=options.model)
 
 
 @contextlib.contextmanager

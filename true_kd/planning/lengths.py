@@ -10,7 +10,7 @@ import numpy as np
 
 from true_kd.cache import TargetCache
 from true_kd.capture import TeacherPrompt
-from true_kd.datasets import LaidOut, lay_out, read_replies
+from true_kd.datasets import Split, build_split, read_replies
 from true_kd.jobs import Job
 from true_kd.models import ModelTokenizer
 from true_kd.shards import CachedReply
@@ -28,8 +28,8 @@ ENTRIES = 8
 class Lengths:
     """A domain's data as the run will have it, as far as can be said."""
 
-    train: LaidOut
-    valid: LaidOut
+    train: Split
+    valid: Split
     response_tokens: int
     """Of the teacher's replies to all its prompts, before the student's limit cuts them."""
     cached: int
@@ -81,8 +81,8 @@ def find_lengths(
         kept = np.arange(max(1, round(settings.share * count)), dtype=np.int32)
         replies[key] = CachedReply(np.full(count, token, np.int32), "length", make_up(len(kept)), kept)
     return Lengths(
-        train=lay_out(job, job.train_prompts, train, replies, student),
-        valid=lay_out(job, job.valid_prompts, valid, replies, student),
+        train=build_split(job, job.train_prompts, train, replies, student),
+        valid=build_split(job, job.valid_prompts, valid, replies, student),
         response_tokens=sum(lengths.values()),
         cached=len(known),
         given=len(given),
