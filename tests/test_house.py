@@ -35,7 +35,7 @@ FLOORS = (
     ("capture", "training", "evaluation", "sizes"),
     ("batching", "cache", "adapters", "weighting"),
     ("manifest", "examples"),
-    ("losses", "models", "vocabulary", "shards"),
+    ("losses", "models", "vocabulary", "shards", "layers"),
     ("prompts", "targets", "validation", "starter", "pocket", "memory", "locks"),
     ("json_lines", "yaml_file", "files", "backend"),
     ("options", "suggest", "errors", "blas", "metal", "stopping"),
