@@ -24,6 +24,7 @@ from true_kd.fidelity import FidelityOptions
 from true_kd.files import expand
 from true_kd.gate import GateOptions
 from true_kd.layers import SEAMS, Layers, Override, by_name, merge, put
+from true_kd.layout import BASE, OUT, PROMPTS
 from true_kd.losses import LossOptions
 from true_kd.models import LoraOptions, ModelOptions
 from true_kd.options import Options
@@ -34,9 +35,6 @@ from true_kd.validation import dotted, validate
 from true_kd.vocabulary import VocabStrategy
 from true_kd.yaml_file import Document, KeyPath, read_yaml
 
-BASE = Path("configs") / "base.yaml"
-"""The base file that is read when `--config` names no other."""
-
 
 class RunConfig(Options):
     """Everything that describes a run. `run.json` holds one, and is itself a valid `--config`."""
@@ -45,11 +43,11 @@ class RunConfig(Options):
     """The model that is imitated."""
     student: ModelOptions = ModelOptions(model="mlx-community/Qwen2.5-3B-Instruct-4bit")
     """The model that gets the adapter."""
-    prompts: str = Field(default="prompts", min_length=1)
+    prompts: str = Field(default=PROMPTS, min_length=1)
     """Folder with one folder of prompts per domain."""
     domains: tuple[str, ...] | Literal["all"] | None = None
     """The domains that run when the command line names none: a list, all, or null to ask for a choice."""
-    out: str = Field(default="adapters_kd", min_length=1)
+    out: str = Field(default=OUT, min_length=1)
     """Folder that gets one adapter folder per domain, and kd_summary.json."""
     cache: str | None = Field(default=None, min_length=1)
     """Folder of the teacher's targets; null for $TRUE_KD_CACHE or the platform's cache folder."""

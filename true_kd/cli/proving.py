@@ -50,11 +50,11 @@ def evaluate(
 
     Each adapter is measured under the settings of its own run, which run.json beside it holds.
     """
-    from true_kd import events, finding, jobs, pipeline
+    from true_kd import events, finding, jobs, layout, pipeline
     from true_kd.console import proof_table
 
     folder = finding.output_folder(out, config)
-    there = finding.domains_in(folder)
+    there = layout.domains_in(folder)
     named = there if everything else list(dict.fromkeys(domain or []))
     if not named or (everything and domain):
         listed = ", ".join(there) or "none"
