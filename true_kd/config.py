@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import Field
+from pydantic.fields import FieldInfo
 
 from true_kd import pocket
 from true_kd.cache import default_root
@@ -139,14 +140,25 @@ _MEANT: Mapping[KeyPath, str] = {
 }
 
 
-@cache
-def describe_key(path: KeyPath) -> str:
-    """What a key of the config means, its bounds and its default: the text of `--help`."""
+def _field(path: KeyPath) -> tuple[FieldInfo, Any]:
+    """The field of a key, and its default; of a model named alone, that of its name."""
     options: Any = RunConfig()
     path = (*path, "model") if path[0] in SEAMS else path
     for key in path[:-1]:
         options = getattr(options, str(key))
-    field = type(options).model_fields[str(path[-1])]
+    return type(options).model_fields[str(path[-1])], getattr(options, str(path[-1]))
+
+
+def key_choices(path: KeyPath) -> tuple[str, ...]:
+    """The words that a key may be; none where it is something else."""
+    annotation = _field(path)[0].annotation
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
+@cache
+def describe_key(path: KeyPath) -> str:
+    """What a key of the config means, its bounds and its default: the text of `--help`."""
+    field, default = _field(path)
     # Beside null, bounds stand in the part of the type that is a number.
     parts = [field.metadata, *(getattr(part, "__metadata__", ()) for part in get_args(field.annotation))]
     rules = [rule for part in parts for found in part for rule in getattr(found, "metadata", [found])]
@@ -155,7 +167,7 @@ def describe_key(path: KeyPath) -> str:
         bounds = f"{limits['ge']:g} to {limits['le']:g}, "
     else:
         bounds = "".join(f"{_BOUNDS[name]} {limit:g}, " for name, limit in limits.items())
-    return f"{' '.join((field.description or '').split())} [{bounds}default: {getattr(options, str(path[-1]))}]"
+    return f"{' '.join((field.description or '').split())} [{bounds}default: {default}]"
 
 
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most"}

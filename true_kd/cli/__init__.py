@@ -6,13 +6,13 @@ A command's module is imported when that command is called, so that `--help` and
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import typer
 
 from true_kd import __version__
+from true_kd.cli import completion
 
 EXIT_CODES = (
     "Exit codes: 0 done, 1 run failed, 2 input, 3 locked by another run, 4 environment (disk, memory, versions), "
@@ -50,7 +50,10 @@ def run(arguments: list[str]) -> int:
     KeyboardInterrupt
         for Ctrl-C, which typer turns into the exit code 130, and click into an exception of its own.
     """
+    completion.part_at_equals()
     try:
+        if len(arguments) == 2 and arguments[0] in ("--show-completion", "--install-completion"):
+            return completion.set_up(*arguments)
         code = make_app(arguments)(arguments, prog_name="true-kd", standalone_mode=False) or 0
     except typer.Exit as stop:
         return stop.exit_code
@@ -68,7 +71,7 @@ def run(arguments: list[str]) -> int:
 def make_app(arguments: Sequence[str]) -> typer.Typer:
     """The application for some arguments: whole where they call a command, else by name and summary.
 
-    A shell that asks for completions gets all of them whole.
+    A shell that completes a line asks for its command alone, and of that where it can for no more than the domain.
     """
     app = typer.Typer(
         name="true-kd",
@@ -79,10 +82,14 @@ def make_app(arguments: Sequence[str]) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback(invoke_without_command=True)(_main)
-    called = next((word for word in arguments if not word.startswith("-")), None)
+    words = completion.words_before() or arguments
+    called = next((word for word in words if not word.startswith("-")), None)
     for name, (module, function, summary) in COMMANDS.items():
-        if name != called and "_TRUE_KD_COMPLETE" not in os.environ:
+        if name != called:
             app.command(name, help=summary)(_other)
+            continue
+        if words is not arguments and function != "app" and completion.asks_for_domain(words):
+            app.command(name, **completion.STAND_IN)(completion.stand_in)
             continue
         found = getattr(importlib.import_module(f"{__name__}.{module}"), function)
         if isinstance(found, typer.Typer):

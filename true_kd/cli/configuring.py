@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from true_kd.cli.completion import domain_names
 from true_kd.cli.flags import AsJson, ConfigFile, Sets, overrides
 from true_kd.cli.output import say_json
 from true_kd.suggest import printable
@@ -17,7 +18,27 @@ from true_kd.suggest import printable
 app = typer.Typer(help="Show what a run's config comes to, and where each value came from.", rich_markup_mode=None)
 
 Domain = Annotated[
-    str | None, typer.Option("--domain", "-d", help="With the domain's own file over the base.", show_default=False)
+    str | None,
+    typer.Option(
+        "--domain",
+        "-d",
+        help="With the domain's own file over the base.",
+        show_default=False,
+        autocompletion=domain_names,
+    ),
+]
+First = Annotated[
+    str,
+    typer.Argument(metavar="A", help="A domain, a config file, or an adapter's folder.", autocompletion=domain_names),
+]
+Second = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[B]",
+        help="Another; without it, the defaults.",
+        show_default=False,
+        autocompletion=domain_names,
+    ),
 ]
 
 
@@ -56,10 +77,8 @@ def show(domain: Domain = None, config: ConfigFile = None, as_json: AsJson = Fal
 
 @app.command()
 def diff(
-    first: Annotated[str, typer.Argument(metavar="A", help="A domain, a config file, or an adapter's folder.")],
-    second: Annotated[
-        str | None, typer.Argument(metavar="[B]", help="Another; without it, the defaults.", show_default=False)
-    ] = None,
+    first: First,
+    second: Second = None,
     config: ConfigFile = None,
     as_json: AsJson = False,
 ) -> int:
