@@ -54,10 +54,10 @@ def test_the_table_has_a_row_for_each(cli, project: Path) -> None:
     assert (ended.code, ended.err) == (0, "")
     head, cats, dogs, note = ended.out.splitlines()
     assert head.split() == ["domain", "train", "valid", "config", "gap", "closed"]
-    assert cats.split()[:4] == ["cats", "5", "1", "-"]
+    assert cats.split()[:4] == ["cats", "5", "1*", "-"]
     assert cats.split()[4].endswith("%")
-    assert dogs.split() == ["dogs", "5", "1", "-", "-"]
-    assert note == "Without a valid file, held out of train: cats, dogs"
+    assert dogs.split() == ["dogs", "5", "1*", "-", "-"]
+    assert note == "* held out of train, as there is no valid file"
 
 
 def test_a_domain_with_a_problem_is_told_in_one_line_and_the_others_are_listed(

@@ -112,7 +112,7 @@ def write_value(value: Any) -> str:
     return yaml.safe_dump(value, default_style='"', allow_unicode=True, width=float("inf")).rstrip("\n")
 
 
-_PLAIN_WORD = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*([/:][A-Za-z0-9_.-]+)*")
+_PLAIN_WORD = re.compile(r"/?[A-Za-z][A-Za-z0-9_.-]*([/:][A-Za-z0-9_.-]+)*")
 _TAKEN_WORDS = ("null", "true", "false", "yes", "no", "on", "off", "y", "n", "inf", "infinity", "nan")
 
 

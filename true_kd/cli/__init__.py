@@ -6,6 +6,7 @@ A command's module is imported when that command is called, so that `--help` and
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Annotated
 
@@ -86,13 +87,16 @@ def make_app(arguments: Sequence[str]) -> typer.Typer:
     called = next((word for word in words if not word.startswith("-")), None)
     for name, (module, function, summary) in COMMANDS.items():
         if name != called:
-            app.command(name, help=summary)(_other)
+            # The short help is not cut to the width of the terminal.
+            app.command(name, help=summary, short_help=summary)(_other)
             continue
         if words is not arguments and function != "app" and completion.asks_for_domain(words):
             app.command(name, **completion.STAND_IN)(completion.stand_in)
             continue
         found = getattr(importlib.import_module(f"{__name__}.{module}"), function)
         if isinstance(found, typer.Typer):
+            for command in found.registered_commands:
+                command.short_help = " ".join(inspect.getdoc(command.callback).partition("\n\n")[0].split())
             app.add_typer(found, name=name)
         else:
             app.command(name)(found)

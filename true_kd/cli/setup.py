@@ -120,8 +120,9 @@ def _domain_facts(state: DomainState) -> dict[str, Any]:
 def _show_domains(states: Sequence[DomainState]) -> None:
     rows = [("domain", "train", "valid", "config", "gap closed")]
     for state in states:
-        counts = ("?" if count is None else f"{count:,}" for count in (state.train, state.valid))
-        rows.append((state.domain, *counts, "own" if state.config else "-", _gained(state)))
+        train, valid = ("?" if count is None else f"{count:,}" for count in (state.train, state.valid))
+        valid += _HELD_OUT if state.held_out else ""
+        rows.append((state.domain, train, valid, "own" if state.config else "-", _gained(state)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     name = min(widths[0], 22)
     for domain, train, valid, own, gained in rows:
@@ -131,8 +132,10 @@ def _show_domains(states: Sequence[DomainState]) -> None:
             printable(f"{domain:<{name}}  {cells}" if len(domain) <= name else f"{domain}\n{'':<{name}}  {cells}")
         )
     if any(state.held_out for state in states):
-        names = ", ".join(state.domain for state in states if state.held_out)
-        typer.echo(printable(f"Without a valid file, held out of train: {names}"))
+        typer.echo(f"{_HELD_OUT} held out of train, as there is no valid file")
+
+
+_HELD_OUT = "*"
 
 
 def _gained(state: DomainState) -> str:
