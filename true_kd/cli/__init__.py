@@ -96,7 +96,7 @@ def make_app(arguments: Sequence[str]) -> typer.Typer:
         found = getattr(importlib.import_module(f"{__name__}.{module}"), function)
         if isinstance(found, typer.Typer):
             for command in found.registered_commands:
-                command.short_help = " ".join(inspect.getdoc(command.callback).partition("\n\n")[0].split())
+                command.short_help = " ".join((inspect.getdoc(command.callback) or "").partition("\n\n")[0].split())
             app.add_typer(found, name=name)
         else:
             app.command(name)(found)

@@ -109,10 +109,11 @@ def set_up(flag: str, shell: str) -> int:
 
     if shell not in SHELLS:
         raise InputError(f"{flag} {quote(shell)}: expected {', '.join(SHELLS[:-1])} or {SHELLS[-1]}. Choose one.")
+    script = {"prog_name": "true-kd", "complete_var": VARIABLE, "shell": shell}
     if flag == "--show-completion":
-        typer.echo(get_completion_script(prog_name="true-kd", complete_var=VARIABLE, shell=shell))
+        typer.echo(get_completion_script(**script))
         return 0
-    _, path = install(shell=shell, prog_name="true-kd", complete_var=VARIABLE)
+    _, path = install(**script)
     typer.echo(f"{shell} completion installed in {path}. It works in the next shell that is started.")
     return 0
 
