@@ -33,7 +33,7 @@ COMMANDS: Mapping[str, tuple[str, str, str]] = {
     "generate": ("talking", "generate", "Print the reply of the student with its adapter, for scripts."),
     "cache": ("caches", "app", "Look after the caches of teacher targets."),
     "domains": ("setup", "domains", "List the domains: their prompts, configs, and what their adapters gained."),
-    "config": ("configuring", "app", "Show what a run's config comes to, and where each value came from."),
+    "config": ("configuring", "app", "Show what a config comes to, and where each value came from."),
     "init": ("setup", "init", "Lay out configs/ and prompts/ to start from."),
     "doctor": ("setup", "doctor", "Show versions, device and BLAS: what to paste into an issue."),
 }

@@ -1,4 +1,4 @@
-"""`true-kd config`: what a run's config comes to, where each value of it came from, and what it may hold."""
+"""`true-kd config`: what a config comes to, where each value of it came from, and what it may hold."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from true_kd.cli.flags import AsJson, ConfigFile, Sets, overrides
 from true_kd.cli.output import say_json
 from true_kd.suggest import printable
 
-app = typer.Typer(help="Show what a run's config comes to, and where each value came from.", rich_markup_mode=None)
+app = typer.Typer(help="Show what a config comes to, and where each value came from.", rich_markup_mode=None)
 
 Domain = Annotated[
     str | None,
