@@ -97,7 +97,7 @@ def refused(ended, code: int = 2) -> str:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["distil"], "Did you mean 'distill'?"),
+        (["distil"], "Did you mean 'distill'? See"),
         (["distill", "--domian", "cats"], "--domain"),
         (["distill", "--temprature", "2"], "--temperature"),
         (["distill", "cats"], "cats"),

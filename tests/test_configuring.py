@@ -166,6 +166,7 @@ def test_diff_works_where_there_is_no_project(cli, tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text("seed: 5\n")
     assert differing(cli, "mine.yaml") == {"seed": (5, 0, "mine.yaml:1", "default")}
+    assert refused(cli("config", "diff", "cats")).endswith("No domains here: check the path, or give --config.")
 
 
 # Values as YAML.

@@ -59,9 +59,9 @@ def find_config(name: str | None, base: Path | None = None) -> NamedConfig:
             return _named("", resolve(place, None, ()))
     if path.is_dir():
         raise InputError(f"{path}: no {RUN} in it, expected the folder of an adapter. Name that of one domain.")
-    listed = f" Domains here: {', '.join(domains)}." if domains else ""
+    here = f"Domains here: {', '.join(domains)}." if domains else "No domains here: check the path, or give --config."
     hint = did_you_mean(name, domains) or "."
-    raise InputError(f"{quote(name)}: expected a domain, a config file, or the folder of an adapter{hint}{listed}")
+    raise InputError(f"{quote(name)}: expected a domain, a config file, or the folder of an adapter{hint} {here}")
 
 
 def differences(one: NamedConfig, other: NamedConfig) -> list[Difference]:

@@ -59,8 +59,8 @@ def run(arguments: list[str]) -> int:
     except typer.Exit as stop:
         return stop.exit_code
     except _UsageProblem as problem:
-        line = " ".join(problem.format_message().split())
-        typer.echo(f"true-kd: {line.rstrip('.')}. See `true-kd --help`.", err=True)
+        line = " ".join(problem.format_message().split()).rstrip(".")
+        typer.echo(f"true-kd: {line}{'' if line.endswith('?') else '.'} See `true-kd --help`.", err=True)
         return 2
     except typer.Abort as abort:
         raise KeyboardInterrupt from abort
