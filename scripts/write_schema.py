@@ -1,6 +1,7 @@
-"""Writes what follows from the records of kd_summary.json: its JSON schema, and the page that explains every field.
+"""Writes what follows from the records of kd_summary.json and from the options classes of a config: the JSON schema of
+each, the page that explains every field of the one, and the table of every key of the other.
 
-python scripts/write_schema.py            # tests/test_summary.py compares them with the records
+python scripts/write_schema.py   # tests/test_summary.py and tests/test_config_schema.py compare them with the classes
 """
 
 from __future__ import annotations
@@ -11,11 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import true_kd
+from true_kd import config_schema, layout
 from true_kd.reporting import schema
 
 PACKAGE = Path(true_kd.__file__).parent
 SCHEMA = PACKAGE / "schemas" / "kd_summary.schema.json"
 PAGE = PACKAGE / "docs" / "kd_summary.md"
+CONFIG_SCHEMA = PACKAGE / "schemas" / layout.CONFIG_SCHEMA
+CONFIG_PAGE = PACKAGE / "docs" / "configs.md"
+"""Written by hand down to `KEYS`, and made from the schema below it."""
+KEYS = "## Every key\n"
 
 _OPENING = """# kd_summary.json, field by field
 
@@ -81,10 +87,52 @@ def _names(part: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def config_keys(found: Mapping[str, Any]) -> str:
+    """A table for the keys of a config that stand alone, and one for each group of them."""
+    alone = {name: field for name, field in found["properties"].items() if "$ref" not in field}
+    model = found["$defs"]["ModelOptions"]
+    parts = [_key_table("", "Of a whole run", alone), _key_table("teacher.", model["description"], model["properties"])]
+    for name, field in found["properties"].items():
+        if "$ref" in field:
+            group = found["$defs"][field["$ref"].rpartition("/")[2]]
+            parts.append(_key_table(f"{name}.", group["description"], group["properties"]))
+    return "\n".join(parts)
+
+
+def _key_table(before: str, meaning: str, fields: Mapping[str, Any]) -> str:
+    lines = [f"{meaning.rstrip('.')}.", "", "| key | values | default | |", "|---|---|---|---|"]
+    for name, field in fields.items():
+        default = f"`{json.dumps(field['default'])}`" if "default" in field else ""
+        told = field["description"].replace("|", "\\|")
+        lines.append(f"| `{before}{name}` | {_values(field)} | {default} | {told} |")
+    return "\n".join([*lines, ""])
+
+
+def _values(field: Mapping[str, Any]) -> str:
+    """What a key may hold, in words."""
+    if "anyOf" in field:
+        return " or ".join("keys of a model" if "$ref" in each else _values(each) for each in field["anyOf"])
+    if "const" in field:
+        return f"`{field['const']}`"
+    if "enum" in field or field["type"] == "array":
+        return _kind(field)
+    bounds = [f"{words} {field[name]:g}" for name, words in _BOUNDS.items() if name in field]
+    return " ".join([{"boolean": "true or false", "null": "null"}.get(field["type"], _kind(field)), *bounds])
+
+
+_BOUNDS = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
+
+
 def texts() -> dict[Path, str]:
     """The files and what is to be in them."""
-    found = schema()
-    return {SCHEMA: json.dumps(found, indent=2, ensure_ascii=False) + "\n", PAGE: page(found)}
+    found, config = schema(), config_schema.schema()
+    by_hand = CONFIG_PAGE.read_text(encoding="utf-8").partition(KEYS)[0]
+    return {
+        SCHEMA: json.dumps(found, indent=2, ensure_ascii=False) + "\n",
+        PAGE: page(found),
+        CONFIG_SCHEMA: json.dumps(config, indent=2, ensure_ascii=False) + "\n",
+        CONFIG_PAGE: f"{by_hand}{KEYS}\n{config_keys(config)}",
+    }
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from true_kd import blas
-from true_kd.backend import BackendMissing, device_name, require_mlx
+from true_kd.backend import BackendMissing, device_name, require_mlx, require_platform
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the wheel's slow BLAS is that of Linux")
 
@@ -158,3 +158,58 @@ def test_a_library_that_is_found_by_search_can_be_chosen_by_name() -> None:
         assert "apt install libopenblas0-pthread" in found[1]
     else:
         assert python(f"import sys; {IN_USE}", TRUE_KD_BLAS=found[0]).stdout.strip() == f"{found[0]}|found and loaded"
+
+
+# Platforms.
+
+WINDOWS = """
+import ctypes, os, platform, signal, subprocess, sys, tempfile, threading
+sys.platform, platform.system, platform.machine = "win32", lambda: "Windows", lambda: "AMD64"
+for name in ("fcntl", "resource", "termios", "pwd", "grp", "mlx", "mlx.core", "mlx_lm"):
+    sys.modules[name] = None
+for name in ("SIGHUP", "SIGALRM", "SIGKILL", "SIGUSR1", "setitimer", "ITIMER_REAL"):
+    delattr(signal, name)
+for name in ("O_NOFOLLOW", "O_NONBLOCK", "fork", "getuid"):
+    delattr(os, name)
+"""
+INTEL_MAC = """
+import platform, sys
+sys.platform, platform.system, platform.machine = "darwin", lambda: "Darwin", lambda: "x86_64"
+sys.modules["mlx"] = sys.modules["mlx.core"] = None
+"""
+COMMAND = "sys.argv = ['true-kd', *{arguments!r}]\nimport runpy; runpy.run_module('true_kd', run_name='__main__')"
+FOREIGN = {
+    "Windows": (WINDOWS, "this machine: Windows, expected a Mac with Apple silicon, or Linux. Install true-kd in WSL"),
+    "an Intel Mac": (INTEL_MAC, "this machine: a Mac with an Intel processor, or an Intel Python (x86_64), expected"),
+}
+
+
+@pytest.mark.parametrize("arguments", [["doctor"], ["distill", "-d", "cats"], ["--help"], []], ids=" ".join)
+@pytest.mark.parametrize(("machine", "says"), FOREIGN.values(), ids=FOREIGN)
+def test_a_machine_without_mlx_is_refused_in_one_line(machine: str, says: str, arguments: list[str]) -> None:
+    done = python(machine + COMMAND.format(arguments=arguments))
+    [line] = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (4, "")
+    assert line.startswith(says)
+
+
+@pytest.mark.parametrize(("machine", "says"), FOREIGN.values(), ids=FOREIGN)
+def test_a_machine_without_mlx_imports_the_package_and_is_told_on_first_use(machine: str, says: str) -> None:
+    code = (
+        "import true_kd\n"
+        "from true_kd.errors import EnvironmentProblem\n"
+        "try: true_kd.TrueKnowledgeDistiller\n"
+        "except EnvironmentProblem as error: print(error)"
+    )
+    done = python(machine + code)
+    assert done.stderr == ""
+    assert done.stdout.startswith(says)
+
+
+@pytest.mark.parametrize(("platform_name", "machine"), [("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64")])
+def test_machines_that_mlx_has_a_build_for_are_not_refused(
+    platform_name: str, machine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", platform_name)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    require_platform()

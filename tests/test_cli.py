@@ -28,7 +28,7 @@ from true_kd.models import ModelOptions
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
     *("distill", "capture", "demo", "evaluate", "analyze", "sweep"),
-    *("report", "compare", "chat", "generate", "init", "validate", "doctor", "cache"),
+    *("report", "compare", "chat", "generate", "cache", "plan", "init", "domains", "config", "validate", "doctor"),
 )
 DOMAINS = ("action", "debug", "memory", "reflection", "task", "thinking")
 PROMPTS = "".join(f"the cat number {number} sat on the mat\n" for number in range(6))
@@ -97,7 +97,7 @@ def refused(ended, code: int = 2) -> str:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["distil"], "Did you mean 'distill'?"),
+        (["distil"], "Did you mean 'distill'? See"),
         (["distill", "--domian", "cats"], "--domain"),
         (["distill", "--temprature", "2"], "--temperature"),
         (["distill", "cats"], "cats"),
@@ -1126,4 +1126,4 @@ def test_the_overview_imports_no_command() -> None:
         "print([name for name in sys.modules if name.startswith('true_kd.cli.')], 'pydantic' in sys.modules)"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ended.stdout.splitlines()[-1] == "[] False"
+    assert ended.stdout.splitlines()[-1] == "['true_kd.cli.completion'] False"

@@ -7,6 +7,7 @@ import io
 import os
 import sys
 import traceback
+from pathlib import Path
 
 
 def main() -> None:
@@ -22,11 +23,16 @@ def main() -> None:
     from true_kd import stopping
     from true_kd.errors import TrueKDError, told_plainly
 
+    is_completion = "_TRUE_KD_COMPLETE" in os.environ
+    if is_completion:
+        # A shell that completes a line shows what comes on stderr in the middle of it.
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  (until the process ends)
     try:
         stopping.listen()
         from true_kd.backend import require_mlx
 
-        require_mlx()
+        if not is_completion:  # which waits for no import that it can do without
+            require_mlx()
         from true_kd.cli import run
 
         code = run(sys.argv[1:])

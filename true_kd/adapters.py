@@ -16,18 +16,13 @@ import mlx.nn as nn
 
 from true_kd.errors import CacheError
 from true_kd.files import CHECK, digest_file, digest_json, discard, remove, save_tensors, staging
+from true_kd.layout import CONFIG, CONTROL, METRICS, REPORT, RUN, SUMMARY, WEIGHTS
 from true_kd.models import LoraOptions, attach_adapter, check_safetensors, lora_parameters
 
-WEIGHTS = "adapters.safetensors"
-CONFIG = "adapter_config.json"
-METRICS = "kd_metrics.json"
-RUN = "run.json"
-SUMMARY = "kd_summary.json"
 OURS = "true_kd"
 """The key of an adapter's config under which true-kd's own facts are, which mlx-lm passes over."""
-REPORT = "report.html"
-CONTROL = "control_sft"
-"""Folder inside that of a domain: the adapter of the control, with the files of a domain of its own."""
+
+__all__ = ["CONFIG", "CONTROL", "METRICS", "OURS", "REPORT", "RUN", "SUMMARY", "WEIGHTS"]
 
 
 def checkpoint_folder(folder: Path, iteration: int) -> Path:

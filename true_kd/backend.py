@@ -15,6 +15,30 @@ from true_kd import __version__, metal
 from true_kd.errors import EnvironmentProblem
 
 
+class PlatformRefused(EnvironmentProblem):
+    """MLX does not run on this kind of machine."""
+
+    def __init__(self, found: str, remedy: str) -> None:
+        super().__init__(f"this machine: {found}, expected a Mac with Apple silicon, or Linux. {remedy}")
+
+
+def require_platform() -> None:
+    """Refuse the systems that MLX has no build for, before anything is imported that they lack.
+
+    Raises
+    ------
+    PlatformRefused
+        on Windows, and on a Mac with an Intel processor or an Intel Python.
+    """
+    if sys.platform in ("win32", "cygwin", "msys"):
+        raise PlatformRefused("Windows", "Install true-kd in WSL, which is Linux: learn.microsoft.com/windows/wsl.")
+    if sys.platform == "darwin" and platform.machine() != "arm64":
+        raise PlatformRefused(
+            f"a Mac with an Intel processor, or an Intel Python ({platform.machine()})",
+            "On Apple silicon install a Python for arm64; an Intel Mac can run it in a Linux container or over ssh.",
+        )
+
+
 class BackendMissing(EnvironmentProblem):
     """MLX is not installed, or installed without the library that does the work."""
 
@@ -38,9 +62,12 @@ def require_mlx() -> None:
 
     Raises
     ------
+    PlatformRefused
+        on a machine that MLX has no build for.
     BackendMissing
         with the extra to install, when MLX or its backend is not there.
     """
+    require_platform()
     metal.relax_watchdog()
     try:
         importlib.import_module("mlx.core")

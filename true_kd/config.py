@@ -1,4 +1,4 @@
-"""A run, as one frozen object, and where each of its values came from.
+"""A run, as one frozen object, resolved from its files and flags.
 
 Precedence: class default < base file (`configs/base.yaml`, or `--config`) < `<domain>.yaml` beside it < command line.
 The defaults live in the options classes beside the code that reads them; this module only puts them together.
@@ -7,13 +7,14 @@ The defaults live in the options classes beside the code that reads them; this m
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import Field
+from pydantic.fields import FieldInfo
 
 from true_kd import pocket
 from true_kd.cache import default_root
@@ -23,6 +24,8 @@ from true_kd.evaluation import EvaluationOptions
 from true_kd.fidelity import FidelityOptions
 from true_kd.files import expand
 from true_kd.gate import GateOptions
+from true_kd.layers import SEAMS, Layers, Override, by_name, merge, put
+from true_kd.layout import BASE, OUT, PROMPTS
 from true_kd.losses import LossOptions
 from true_kd.models import LoraOptions, ModelOptions
 from true_kd.options import Options
@@ -33,9 +36,6 @@ from true_kd.validation import dotted, validate
 from true_kd.vocabulary import VocabStrategy
 from true_kd.yaml_file import Document, KeyPath, read_yaml
 
-BASE = Path("configs") / "base.yaml"
-"""The base file that is read when `--config` names no other."""
-
 
 class RunConfig(Options):
     """Everything that describes a run. `run.json` holds one, and is itself a valid `--config`."""
@@ -44,11 +44,11 @@ class RunConfig(Options):
     """The model that is imitated."""
     student: ModelOptions = ModelOptions(model="mlx-community/Qwen2.5-3B-Instruct-4bit")
     """The model that gets the adapter."""
-    prompts: str = Field(default="prompts", min_length=1)
+    prompts: str = Field(default=PROMPTS, min_length=1)
     """Folder with one folder of prompts per domain."""
     domains: tuple[str, ...] | Literal["all"] | None = None
     """The domains that run when the command line names none: a list, all, or null to ask for a choice."""
-    out: str = Field(default="adapters_kd", min_length=1)
+    out: str = Field(default=OUT, min_length=1)
     """Folder that gets one adapter folder per domain, and kd_summary.json."""
     cache: str | None = Field(default=None, min_length=1)
     """Folder of the teacher's targets; null for $TRUE_KD_CACHE or the platform's cache folder."""
@@ -140,14 +140,25 @@ _MEANT: Mapping[KeyPath, str] = {
 }
 
 
+def _field(path: KeyPath) -> tuple[FieldInfo, Any]:
+    """The field of a key, and its default; of a model named alone, that of its name."""
+    options: Any = RunConfig()
+    path = (*path, "model") if path[0] in SEAMS else path
+    for key in path[:-1]:
+        options = getattr(options, str(key))
+    return type(options).model_fields[str(path[-1])], getattr(options, str(path[-1]))
+
+
+def key_choices(path: KeyPath) -> tuple[str, ...]:
+    """The words that a key may be; none where it is something else."""
+    annotation = _field(path)[0].annotation
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
 @cache
 def describe_key(path: KeyPath) -> str:
     """What a key of the config means, its bounds and its default: the text of `--help`."""
-    options: Any = RunConfig()
-    path = (*path, "model") if path[0] in _SEAMS else path
-    for key in path[:-1]:
-        options = getattr(options, str(key))
-    field = type(options).model_fields[str(path[-1])]
+    field, default = _field(path)
     # Beside null, bounds stand in the part of the type that is a number.
     parts = [field.metadata, *(getattr(part, "__metadata__", ()) for part in get_args(field.annotation))]
     rules = [rule for part in parts for found in part for rule in getattr(found, "metadata", [found])]
@@ -156,13 +167,12 @@ def describe_key(path: KeyPath) -> str:
         bounds = f"{limits['ge']:g} to {limits['le']:g}, "
     else:
         bounds = "".join(f"{_BOUNDS[name]} {limit:g}, " for name, limit in limits.items())
-    return f"{' '.join((field.description or '').split())} [{bounds}default: {getattr(options, str(path[-1]))}]"
+    return f"{' '.join((field.description or '').split())} [{bounds}default: {default}]"
 
 
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most"}
 
 
-_SEAMS = ("teacher", "student")
 _RUN_WIDE = ("domains", "prompts", "out", "cache", "fresh")
 
 
@@ -179,24 +189,26 @@ class KDConfig(RunConfig):
             path = SHORT_NAMES.get(name, (name,))
             if isinstance(value, Options):
                 value = value.model_dump(mode="json", exclude_unset=True)
-            if isinstance(value, Mapping) or name in _SEAMS:
-                _merge(nested, _by_name({name: value}))
+            if isinstance(value, Mapping) or name in SEAMS:
+                merge(nested, by_name({name: value}))
             else:
-                _put(nested, path, value)
+                put(nested, path, value, "KDConfig")
         checked = validate(RunConfig, nested, lambda _: "KDConfig", _MEANT)
         super().__init__(**{name: getattr(checked, name) for name in checked.model_fields_set})
 
 
 @dataclass(frozen=True)
-class Override:
-    """One value from the command line, and the flag that gave it."""
+class Resolved:
+    """A config, and where each of its values came from."""
 
-    flag: str
-    path: KeyPath
-    value: Any
+    config: RunConfig
+    origin: Callable[[KeyPath], str]
+    """Of a value: "configs/math.yaml:12", a flag, or "default"."""
+    files: tuple[str, ...]
+    """The files that were read, the lowest layer first."""
 
 
-def load_config(base: Path | None, domain: str | None, overrides: Sequence[Override]) -> RunConfig:
+def resolve(base: Path | None, domain: str | None, overrides: Sequence[Override]) -> Resolved:
     """The config of a domain: base file, `<domain>.yaml` beside it where there is one, then the command line.
 
     `base` None stands for `configs/base.yaml`. Without `domain`, the base file alone.
@@ -206,32 +218,30 @@ def load_config(base: Path | None, domain: str | None, overrides: Sequence[Overr
     ConfigError
         for a missing base file, anything in the files that does not belong there, and values out of bounds.
     """
-    layers = [_read_base(base)]
+    documents = [_read_base(base)]
     if domain is not None:
-        layers += _read_domain(base_path(base), domain)
+        documents += _read_domain(base_path(base), domain)
+    layers = Layers(documents, overrides)
     # A model's mapping may leave out its name, which then is the default one.
-    merged: dict[str, Any] = {seam: {"model": RunConfig.model_fields[seam].default.model} for seam in _SEAMS}
-    for layer in layers:
-        _merge(merged, _by_name(layer.data))
-    flags: dict[KeyPath, str] = {}
-    for override in overrides:
-        if override.path in ((seam,) for seam in _SEAMS) and isinstance(override.value, str):
-            _merge(merged, _by_name({override.path[0]: override.value}))
+    names = {seam: {"model": RunConfig.model_fields[seam].default.model} for seam in SEAMS}
+    config = validate(RunConfig, layers.merged(names), layers.where, _MEANT)
+    return Resolved(config, layers.origin, tuple(document.name for document in documents))
+
+
+def load_config(base: Path | None, domain: str | None, overrides: Sequence[Override]) -> RunConfig:
+    """The config alone: see `resolve`."""
+    return resolve(base, domain, overrides).config
+
+
+def leaves(options: Options, above: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """The path and the value of every key that holds no keys itself, in the order of the classes; plain data."""
+    plain = options.model_dump(mode="json")
+    for name in type(options).model_fields:
+        value = getattr(options, name)
+        if isinstance(value, Options):
+            yield from leaves(value, (*above, name))
         else:
-            _put(merged, override.path, override.value, override.flag)
-        flags[override.path] = override.flag
-
-    def where(path: KeyPath) -> str:
-        for length in range(len(path), 0, -1):
-            below = [flag for given, flag in flags.items() if given[:length] == path[:length]]
-            if below:
-                return below[-1]
-            for layer in reversed(layers):
-                if layer.line(path[:length]) is not None:
-                    return f"{layer.name}:{layer.line(path[:length])}"
-        return layers[0].name
-
-    return validate(RunConfig, merged, where, _MEANT)
+            yield (*above, name), plain[name]
 
 
 def base_path(base: Path | None) -> Path:
@@ -284,36 +294,3 @@ def _read_domain(base: Path, domain: str) -> list[Document]:
             ]
         )
     return [document]
-
-
-def _by_name(data: Mapping[str, Any]) -> dict[str, Any]:
-    """`teacher: NAME` as `teacher: {model: NAME}`, and the same for the student.
-
-    Revision and adapter of a model named before go: they are not this one's.
-    """
-    spelled = dict(data)
-    for seam in _SEAMS:
-        if isinstance(spelled.get(seam), str):
-            spelled[seam] = {"model": spelled[seam], "revision": None, "adapter": None}
-    return spelled
-
-
-def _merge(into: dict[str, Any], data: Mapping[str, Any]) -> None:
-    for key, value in data.items():
-        if isinstance(value, Mapping):
-            below = into.get(key)
-            if not isinstance(below, dict):
-                below = into[key] = {}
-            _merge(below, value)
-        else:
-            into[key] = value
-
-
-def _put(into: dict[str, Any], path: KeyPath, value: Any, flag: str = "KDConfig") -> None:
-    for depth, key in enumerate(path[:-1]):
-        below = into.setdefault(key, {})
-        if not isinstance(below, dict):
-            place = dotted(path[: depth + 1])
-            raise ConfigError([f"{flag}: {place} is {below!r}, expected a mapping that can hold {path[depth + 1]!r}."])
-        into = below
-    into[path[-1]] = value

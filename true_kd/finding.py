@@ -14,6 +14,7 @@ from true_kd import adapters
 from true_kd.config import KDConfig, NoConfigs, Override, RunConfig, load_config
 from true_kd.errors import InputError, PromptError
 from true_kd.files import expand
+from true_kd.layout import domains_in, holds_adapter
 from true_kd.prompts import SYSTEM_FILE, check_domain_name, read_system
 from true_kd.suggest import did_you_mean, quote
 
@@ -52,7 +53,7 @@ def find_domain(
     check_domain_name(domain)
     root = output_folder(out, base)
     folder = root / domain
-    if not _holds_adapter(folder):
+    if not holds_adapter(folder):
         raise InputError(f"{folder}: {_lack(folder)}, expected an adapter{_advice(root, domain)}")
     if not (folder / adapters.RUN).is_file():
         raise InputError(f"{folder}: no {adapters.RUN}, expected that of the run. Give --adapter {folder} instead.")
@@ -68,7 +69,7 @@ def find_folder(name: str, teacher: str | None = None, student: str | None = Non
         when there is no adapter, or nothing says what student it is of.
     """
     folder = expand(name, "--adapter")
-    if not _holds_adapter(folder):
+    if not holds_adapter(folder):
         raise InputError(
             f"--adapter {quote(name)}: {_lack(folder)}, expected a folder with {adapters.WEIGHTS} and "
             f"{adapters.CONFIG}. Check the path."
@@ -107,11 +108,6 @@ def output_folder(out: str | None = None, base: Path | None = None) -> Path:
         return RunConfig().out_folder
 
 
-def domains_in(root: Path) -> list[str]:
-    """The names of the folders in an output folder that hold an adapter, sorted."""
-    return sorted(path.name for path in root.iterdir() if _holds_adapter(path)) if root.is_dir() else []
-
-
 def system_message(found: FoundAdapter) -> str | None:
     """The system message that the adapter's domain was trained with, where its prompts are still there.
 
@@ -128,10 +124,6 @@ def system_message(found: FoundAdapter) -> str | None:
     if problems:
         raise PromptError(problems)
     return text
-
-
-def _holds_adapter(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in (adapters.WEIGHTS, adapters.CONFIG))
 
 
 def _run_of(folder: Path) -> Path | None:

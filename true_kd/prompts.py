@@ -92,15 +92,20 @@ def check_domain_name(name: str) -> None:
         )
 
 
-def list_domains(root: Path) -> list[str]:
-    """The names of the folders under `root` that hold a train file, sorted."""
+def folders_with_prompts(root: Path) -> list[str]:
+    """The names of the folders under `root` that hold a train file, sorted; not all need be names of domains."""
     if not root.is_dir():
         raise PromptError([f"{root}: no such folder, expected one folder per domain. Create it, or choose another."])
     try:
         entries = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-        found = [name for name in entries if _candidates(root / name, "train")]
+        return [name for name in entries if split_files(root / name, "train")]
     except OSError as error:
         raise PromptError([f"{root}: cannot be read ({error.strerror}). Check its permissions."]) from error
+
+
+def list_domains(root: Path) -> list[str]:
+    """The domains under `root`, sorted: the folders that hold a train file, each of them named like one."""
+    found = folders_with_prompts(root)
     bad = [name for name in found if not _DOMAIN_NAME.fullmatch(name)]
     if bad:
         raise PromptError(
@@ -130,7 +135,7 @@ def domain_folder(root: Path, domain: str) -> Path:
 def has_split(root: Path, domain: str, split: str) -> bool:
     """Whether the domain has a file for this split."""
     assert split in SPLITS, split
-    return bool(_candidates(domain_folder(root, domain), split))
+    return bool(split_files(domain_folder(root, domain), split))
 
 
 def load_prompts(root: Path, domain: str, split: str) -> list[Prompt]:
@@ -141,7 +146,7 @@ def load_prompts(root: Path, domain: str, split: str) -> list[Prompt]:
     """
     assert split in SPLITS, split
     folder = domain_folder(root, domain)
-    found = _candidates(folder, split)
+    found = split_files(folder, split)
     if not found:
         wanted = folder / f"{split}.jsonl"
         raise PromptError([f"{wanted}: no such file, nor {split}.txt. Write one prompt a line into it."])
@@ -211,7 +216,8 @@ def _dump(record: Any) -> str:
         raise Refusal(message) from error
 
 
-def _candidates(folder: Path, split: str) -> list[Path]:
+def split_files(folder: Path, split: str) -> list[Path]:
+    """The files of a split in a domain's folder: one, none, or by mistake both kinds."""
     return [path for suffix in _SUFFIXES if os.path.lexists(path := folder / f"{split}{suffix}")]
 
 

@@ -101,6 +101,21 @@ def read_value(text: str, name: str) -> Any:
     return builder.root
 
 
+def write_value(value: Any) -> str:
+    """The text on the right of a colon that means `value`, a scalar or a flat list, to every reader of YAML."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(write_value, value))}]"
+    if not isinstance(value, str):
+        return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    if _PLAIN_WORD.fullmatch(value) and value.lower() not in _TAKEN_WORDS:
+        return value
+    return yaml.safe_dump(value, default_style='"', allow_unicode=True, width=float("inf")).rstrip("\n")
+
+
+_PLAIN_WORD = re.compile(r"/?[A-Za-z][A-Za-z0-9_.-]*([/:][A-Za-z0-9_.-]+)*")
+_TAKEN_WORDS = ("null", "true", "false", "yes", "no", "on", "off", "y", "n", "inf", "infinity", "nan")
+
+
 def _build(text: str, builder: _Builder) -> _Builder:
     try:
         loader = yaml.SafeLoader(text)

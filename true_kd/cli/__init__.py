@@ -6,13 +6,14 @@ A command's module is imported when that command is called, so that `--help` and
 from __future__ import annotations
 
 import importlib
-import os
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import typer
 
 from true_kd import __version__
+from true_kd.cli import completion
 
 EXIT_CODES = (
     "Exit codes: 0 done, 1 run failed, 2 input, 3 locked by another run, 4 environment (disk, memory, versions), "
@@ -32,6 +33,8 @@ COMMANDS: Mapping[str, tuple[str, str, str]] = {
     "chat": ("talking", "chat", "Talk to the student with its adapter."),
     "generate": ("talking", "generate", "Print the reply of the student with its adapter, for scripts."),
     "cache": ("caches", "app", "Look after the caches of teacher targets."),
+    "domains": ("setup", "domains", "List the domains: their prompts, configs, and what their adapters gained."),
+    "config": ("configuring", "app", "Show what a config comes to, and where each value came from."),
     "init": ("setup", "init", "Lay out configs/ and prompts/ to start from."),
     "validate": ("checking", "validate", "Find all that is wrong with configs and prompts, and show what is trained."),
     "doctor": ("checking", "doctor", "Check this machine: versions, device, memory, disk, hub, a small computation."),
@@ -50,13 +53,16 @@ def run(arguments: list[str]) -> int:
     KeyboardInterrupt
         for Ctrl-C, which typer turns into the exit code 130, and click into an exception of its own.
     """
+    completion.part_at_equals()
     try:
+        if len(arguments) == 2 and arguments[0] in ("--show-completion", "--install-completion"):
+            return completion.set_up(*arguments)
         code = make_app(arguments)(arguments, prog_name="true-kd", standalone_mode=False) or 0
     except typer.Exit as stop:
         return stop.exit_code
     except _UsageProblem as problem:
-        line = " ".join(problem.format_message().split())
-        typer.echo(f"true-kd: {line.rstrip('.')}. See `true-kd --help`.", err=True)
+        line = " ".join(problem.format_message().split()).rstrip(".")
+        typer.echo(f"true-kd: {line}{'' if line.endswith('?') else '.'} See `true-kd --help`.", err=True)
         return 2
     except typer.Abort as abort:
         raise KeyboardInterrupt from abort
@@ -68,7 +74,7 @@ def run(arguments: list[str]) -> int:
 def make_app(arguments: Sequence[str]) -> typer.Typer:
     """The application for some arguments: whole where they call a command, else by name and summary.
 
-    A shell that asks for completions gets all of them whole.
+    A shell that completes a line asks for its command alone, and of that where it can for no more than the domain.
     """
     app = typer.Typer(
         name="true-kd",
@@ -79,13 +85,20 @@ def make_app(arguments: Sequence[str]) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback(invoke_without_command=True)(_main)
-    called = next((word for word in arguments if not word.startswith("-")), None)
+    words = completion.words_before() or arguments
+    called = next((word for word in words if not word.startswith("-")), None)
     for name, (module, function, summary) in COMMANDS.items():
-        if name != called and "_TRUE_KD_COMPLETE" not in os.environ:
-            app.command(name, help=summary)(_other)
+        if name != called:
+            # The short help is not cut to the width of the terminal.
+            app.command(name, help=summary, short_help=summary)(_other)
+            continue
+        if words is not arguments and function != "app" and completion.asks_for_domain(words):
+            app.command(name, **completion.STAND_IN)(completion.stand_in)
             continue
         found = getattr(importlib.import_module(f"{__name__}.{module}"), function)
         if isinstance(found, typer.Typer):
+            for command in found.registered_commands:
+                command.short_help = " ".join((inspect.getdoc(command.callback) or "").partition("\n\n")[0].split())
             app.add_typer(found, name=name)
         else:
             app.command(name)(found)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -21,9 +20,6 @@ from true_kd.manifest import DEMAND, TEACHER
 from true_kd.stores import Store
 from true_kd.suggest import printable
 from true_kd.targets import Preset, TargetOptions
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 app = typer.Typer(help="Look after the caches of teacher targets.", rich_markup_mode=None)
 
@@ -286,7 +282,9 @@ def _show_table(found: Iterable[Store]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = _console()
+    from true_kd.console import make_console
+
+    console = make_console()
     # What a narrow terminal has no room for, `info` tells.
     wide = console.width >= 78
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -375,15 +373,6 @@ def _iso(time: float) -> str:
 
 def _date(text: str) -> str:
     return text[:16].replace("T", " ") + (" UTC" if text.endswith("+00:00") else text[19:])
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    if sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
-        return Console(highlight=False)
-    # Wide enough that no row is ever folded in a file or a pipe.
-    return Console(color_system=None, force_terminal=False, width=1000)
 
 
 def _watched(findings: Iterable[stores.Finding], total: int) -> Iterator[stores.Finding]:

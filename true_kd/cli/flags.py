@@ -7,16 +7,27 @@ from typing import Annotated, Any
 
 import typer
 
-from true_kd.config import SHORT_NAMES, Override, describe_key
+from true_kd.cli.completion import domain_names, one_of
+from true_kd.config import SHORT_NAMES, Override, describe_key, key_choices
 from true_kd.validation import parse_override
 
 
 def flag(name: str, *spellings: str) -> Any:
     """The option of a short name, with the help text that its key carries."""
-    return typer.Option(*spellings, help=describe_key(SHORT_NAMES[name]), show_default=False)
+    help_text = describe_key(SHORT_NAMES[name])
+    return typer.Option(*spellings, help=help_text, show_default=False, autocompletion=offers(name))
 
 
-Domains = Annotated[list[str] | None, typer.Option("--domain", "-d", help="A domain; repeat it for several.")]
+def offers(name: str) -> Any:
+    """What a shell offers for the value of a short name: its choices, where it has some."""
+    choices = key_choices(SHORT_NAMES[name])
+    return one_of(choices) if choices else None
+
+
+Domains = Annotated[
+    list[str] | None,
+    typer.Option("--domain", "-d", help="A domain; repeat it for several.", autocompletion=domain_names),
+]
 Everything = Annotated[bool, typer.Option("--all", help="Every domain that has prompts.")]
 Sets = Annotated[
     list[str] | None,

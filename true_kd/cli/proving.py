@@ -23,6 +23,7 @@ from true_kd.cli.flags import (
     Student,
     Teacher,
     flag,
+    offers,
     overrides,
 )
 from true_kd.cli.output import say_json
@@ -50,11 +51,11 @@ def evaluate(
 
     Each adapter is measured under the settings of its own run, which run.json beside it holds.
     """
-    from true_kd import events, finding, jobs, pipeline
+    from true_kd import events, finding, jobs, layout, pipeline
     from true_kd.console import proof_table
 
     folder = finding.output_folder(out, config)
-    there = finding.domains_in(folder)
+    there = layout.domains_in(folder)
     named = there if everything else list(dict.fromkeys(domain or []))
     if not named or (everything and domain):
         listed = ", ".join(there) or "none"
@@ -133,7 +134,10 @@ def sweep(
     config: ConfigFile = None,
     temperature: Annotated[str | None, typer.Option("--temperature", metavar="A,B", help="Values to try.")] = None,
     alpha: Annotated[str | None, typer.Option("--alpha", metavar="A,B", help="Values to try.")] = None,
-    divergence: Annotated[str | None, typer.Option("--divergence", metavar="A,B", help="Values to try.")] = None,
+    divergence: Annotated[
+        str | None,
+        typer.Option("--divergence", metavar="A,B", help="Values to try.", autocompletion=offers("divergence")),
+    ] = None,
     learning_rate: Annotated[str | None, typer.Option("--learning-rate", metavar="A,B", help="Values to try.")] = None,
     iters: Annotated[str | None, typer.Option("--iters", metavar="A,B", help="Values to try.")] = None,
     rank: Annotated[str | None, typer.Option("--rank", metavar="A,B", help="Values to try.")] = None,
@@ -145,7 +149,12 @@ def sweep(
         typer.Option("--grid", metavar="KEY.PATH=A,B", help="Values to try for any key of losses, training or lora."),
     ] = None,
     control: Annotated[
-        str | None, typer.Option("--control", help="sft: try plain fine-tuning on the same text as well.")
+        str | None,
+        typer.Option(
+            "--control",
+            help="sft: try plain fine-tuning on the same text as well.",
+            autocompletion=offers("control"),
+        ),
     ] = None,
     teacher: Teacher = None,
     student: Student = None,

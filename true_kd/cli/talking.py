@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from true_kd.cli.completion import domain_names
 from true_kd.cli.flags import AsJson
 from true_kd.config import describe_key
 from true_kd.errors import InputError
@@ -23,7 +24,10 @@ Asked = Annotated[
     str | None, typer.Argument(metavar="PROMPT", help="What to ask; - or nothing reads stdin.", show_default=False)
 ]
 Domain = Annotated[
-    str | None, typer.Option("--domain", "-d", help="The domain whose adapter it is.", show_default=False)
+    str | None,
+    typer.Option(
+        "--domain", "-d", help="The domain whose adapter it is.", show_default=False, autocompletion=domain_names
+    ),
 ]
 Adapter = Annotated[
     str | None,

@@ -256,9 +256,11 @@ def make_view(stream: TextIO | None = None) -> LineView:
 def make_console(stream: TextIO | None = None) -> Console:
     """A console that fits a stream: no escape code leaves it where that is no terminal."""
     stream = stream or sys.stdout
-    if not stream.isatty() or os.environ.get("TERM") in ("dumb", "unknown"):
+    if not stream.isatty():
         # Wide enough that no row of a table is ever folded in a file or a pipe.
         return Console(file=stream, color_system=None, force_terminal=False, width=1000)
+    if os.environ.get("TERM") in ("dumb", "unknown"):
+        return Console(file=stream, color_system=None, force_terminal=False)
     plain = bool(os.environ.get("NO_COLOR"))
     return Console(file=stream, color_system=None if plain else "auto", no_color=plain, highlight=False)
 

@@ -28,7 +28,7 @@ class LoraOptions(Options):
     """Multiplies the update; what other tools call lora_alpha / rank."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Dropout on the adapter's input while training."""
-    num_layers: int = Field(default=-1, ge=-1)
+    num_layers: int = Field(default=-1, ge=-1, json_schema_extra={"not": {"const": 0}})
     """How many layers get an adapter, counted from the last; -1 for all."""
     keys: tuple[str, ...] | None = None
     """Layers inside a block to adapt, such as self_attn.q_proj; null for every linear layer."""
