@@ -123,6 +123,21 @@ def check_adapter(folder: Path) -> None:
         raise ValueError(f"{WEIGHTS} is not what its config says")
 
 
+def require_whole(folder: Path) -> None:
+    """Refuse an adapter that is not what was written, before anything is made of it.
+
+    Raises
+    ------
+    CacheError
+        with the file.
+    """
+    try:
+        check_adapter(folder)
+        check_safetensors(folder / WEIGHTS)
+    except (OSError, ValueError) as error:
+        raise CacheError(f"{folder}: not the adapter that was written ({error}). Distil it again.") from error
+
+
 def load_adapter(module: nn.Module, folder: Path) -> None:
     """Put a saved adapter on a freshly opened model, all of it.
 

@@ -6,11 +6,12 @@ no more than the name of their model. Nothing is opened here: whether weights fi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from true_kd import adapters
+from true_kd import adapters, pocket
 from true_kd.config import KDConfig, NoConfigs, Override, RunConfig, load_config
 from true_kd.errors import InputError, PromptError
 from true_kd.files import expand
@@ -128,6 +129,18 @@ def system_message(found: FoundAdapter) -> str | None:
     if problems:
         raise PromptError(problems)
     return text
+
+
+def public_name(model: str) -> str:
+    """What a model is called before others: its name, or that of its folder where it is a path on this machine."""
+    return model if is_public(model) else Path(model).expanduser().resolve().name
+
+
+def is_public(model: str) -> bool:
+    """Whether a model's name means the same elsewhere: that of an embedded model, or an id of the hub."""
+    if model.startswith(pocket.PREFIX):
+        return True
+    return re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", model) is not None and not Path(model).exists()
 
 
 def _holds_adapter(folder: Path) -> bool:
