@@ -336,7 +336,7 @@ def test_it_says_how_to_ask_and_ctrl_c_ends_it_in_the_middle_of_a_reply(place: P
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)
         connection.close()
-    assert (process.returncode, out) == (130, "")
+    assert (process.returncode, out) == (130, ""), err
     [*requests, last] = err.splitlines(keepends=True)
     assert only_line(last) == "true-kd: stopped by Ctrl-C."
     assert all('"POST /v1/chat/completions HTTP/1.1" 200' in line for line in requests)

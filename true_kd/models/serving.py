@@ -8,6 +8,7 @@ request is looked at before mlx-lm sees it: it may name the served models alone,
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import io
 import json
@@ -15,11 +16,14 @@ import math
 import socket
 import socketserver
 import sys
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from http.server import ThreadingHTTPServer
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -157,6 +161,8 @@ class _Models:
         self.cli_args = settings
         self.vocab_size: Future[int] = Future()
         """Rows of the output head, which the plain student and the one with adapter share."""
+        self.thread = 0
+        """The system's number of the thread that computes."""
         self._served = {one.name: one for one in served}
         self.reset()
 
@@ -171,6 +177,7 @@ class _Models:
 
     def load_default(self) -> None:
         """Open the first of the served models; what goes wrong is for who waits for it."""
+        self.thread = threading.get_native_id()
         try:
             self.vocab_size.set_result(self._open(next(iter(self._served.values()))))
         except Exception as error:  # noqa: BLE001 - it is raised where it is waited for
@@ -201,6 +208,7 @@ class _Replies:
         from mlx_lm.server import LRUPromptCache, ResponseGenerator
 
         self.cli_args = models.cli_args
+        self._models = models
         self._thread = ResponseGenerator(models, LRUPromptCache(models.cli_args.prompt_cache_size))
         self._open: list[Any] = []
 
@@ -220,6 +228,20 @@ class _Replies:
         for context in self._open:
             context.stop()
         self._thread.stop_and_join()
+        _wait_for_end(self._models.thread)
+
+
+def _wait_for_end(thread: int) -> None:
+    """Wait until a thread that Python has joined is gone.
+
+    By then it has done with Python, but MLX frees what it compiled there, which needs Python to be still at work: a
+    process that left in that moment was aborted (mlx 0.32.4 on Linux, half of the times that Ctrl-C came in a reply).
+    """
+    place = Path(f"/proc/self/task/{thread}")
+    for _ in range(50):
+        time.sleep(0.05)
+        if not place.exists():
+            return
 
 
 def _settings(origins: Sequence[str]) -> argparse.Namespace:
@@ -256,7 +278,8 @@ def _settings(origins: Sequence[str]) -> argparse.Namespace:
 class ModelServer(ThreadingHTTPServer):
     """Holds the port from the start; `serve` opens the first model and answers until it is stopped."""
 
-    daemon_threads = True
+    # Threads that are cut off in the middle of their work can take the whole process with them.
+    daemon_threads = False
     # Else a second server could share the port where the system allows it.
     allow_reuse_port = False
 
@@ -275,6 +298,8 @@ class ModelServer(ThreadingHTTPServer):
         self._host = host
         self._origins = tuple(origins)
         self._replies: _Replies | None = None
+        self._connections: set[Any] = set()
+        self._is_ending = False
         self.vocab_size = 0
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -321,6 +346,11 @@ class ModelServer(ThreadingHTTPServer):
             ready()
             self.serve_forever(poll_interval=0.2)
         finally:
+            self._is_ending = True
+            # Whoever waits for a client waits no more, and `server_close` can wait for them.
+            for connection in list(self._connections):
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
             self._replies.end()
             self.server_close()
 
@@ -329,9 +359,19 @@ class ModelServer(ThreadingHTTPServer):
         if not self.replies.is_healthy:
             raise ServingFailed
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer in a thread of its own, and know of the connection until that is done."""
+        self._connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """The answer is written."""
+        self._connections.discard(request)
+        super().shutdown_request(request)
+
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no news."""
-        if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
+        """A client that went away is no news, nor is what the end of all breaks off."""
+        if not self._is_ending and not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
             super().handle_error(request, client_address)
 
     def may_ask(self, host: str | None, origin: str | None) -> bool:
