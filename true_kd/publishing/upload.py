@@ -118,7 +118,7 @@ def _told(error: Exception, to: Destination, made: bool) -> TrueKDError:
         return HubProblem(f"hub: the token is not accepted ({reason}). Run `hf auth login` again.{left}")
     if status == 403:
         return HubProblem(
-            f"{where}this token may not write there ({reason}). Use one with write access, or a place of your own.{left}"
+            f"{where}this token may not write there ({reason}). Use one with write access, or your own OWNER.{left}"
         )
     if status == 402 or status == 413 or (status and "quota" in reason.lower()):
         return HubProblem(f"{where}no room there ({reason}). Free some of its storage.{left}")
