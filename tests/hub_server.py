@@ -1,4 +1,4 @@
-"""A server on loopback that speaks what huggingface_hub asks of the hub for an upload: over real HTTP, nothing replaced.
+"""A server on loopback that speaks what huggingface_hub asks of the hub for an upload: over real HTTP.
 
 Repositories, branches and commits are kept in memory. Large files come by Git LFS, or by the xet protocol's three calls
 (a token, chunks, the list of them); of the latter only that they came and how many bytes is known here.
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, ClassVar
 
 TOKEN = "hf_" + "TestOnlyTokenOfTheLoopbackHub"
 """The one that is let in."""
@@ -158,7 +158,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _validate(self, body: bytes) -> None:
         front = json.loads(body)["content"].split("---")[1]
-        wrong = [] if "license: " not in front or "license: nonsense" not in front else [{"message": '"license" is unknown'}]
+        wrong = (
+            []
+            if "license: " not in front or "license: nonsense" not in front
+            else [{"message": '"license" is unknown'}]
+        )
         self._say(400 if wrong else 200, {"errors": wrong, "warnings": []})
 
     def _branch(self, _: bytes, repo: str, branch: str) -> None:
@@ -222,7 +226,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._say(200, answer)
 
     _NAME = r"([\w.-]+/[\w.-]+)"
-    _ROUTES = {
+    _ROUTES: ClassVar = {
         rf"GET /api/models/{_NAME}": _about,
         r"POST /api/repos/create": _create,
         r"POST /api/validate-yaml": _validate,

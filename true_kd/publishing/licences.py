@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from true_kd import pocket
 from true_kd.finding import is_public
 
@@ -199,7 +201,8 @@ _TEXTS: tuple[tuple[str, str], ...] = (
 )
 """How the texts of licences begin."""
 
-_MOST = 2**20
+_MOST = 2**17
+"""Characters of a card, or bytes of a licence, that are looked at."""
 
 
 @dataclass(frozen=True)
@@ -281,15 +284,16 @@ def _by_text(path: Path) -> str | None:
 
 def _read_card(path: Path) -> Mapping[str, Any]:
     """The front matter of a model card; empty where there is none that can be read."""
-    from huggingface_hub.repocard import metadata_load
-    from yaml import YAMLError
-
     try:
-        if not path.is_file() or path.stat().st_size > _MOST:
+        if not path.is_file():
             return {}
-        return metadata_load(path) or {}
-    except (OSError, ValueError, YAMLError, RecursionError):
+        with path.open(encoding="utf-8") as file:
+            head = file.read(_MOST)
+        found = re.match(r"\s*---\s*\n(.*?)\n---", head, flags=re.DOTALL)
+        card = yaml.safe_load(found[1]) if found else None
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return {}
+    return card if isinstance(card, dict) else {}
 
 
 def warnings(teacher: FoundLicence, student: FoundLicence, repo: str) -> list[str]:

@@ -85,10 +85,12 @@ def upload(parcel: Parcel, to: Destination, message: str) -> Uploaded:
             raise HubProblem("hub: no token here, expected one to upload with. Run `hf auth login`.")
         api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=token, library_name="true-kd")
         try:
-            is_private = api.repo_info(to.repo).private
+            is_private, is_there = api.repo_info(to.repo).private, True
         except RepositoryNotFoundError as error:
             if _status(error) != 404:
                 raise
+            is_there = False
+        if not is_there:
             api.create_repo(to.repo, private=not to.is_public)
             made = True
             is_private = api.repo_info(to.repo).private
