@@ -316,9 +316,8 @@ def test_a_damaged_adapter_goes_nowhere(name: str, push, hub: Hub, copy: Path) -
 # The dry run
 
 
-def test_a_dry_run_shows_files_and_card_and_needs_nobody(push, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+def test_a_dry_run_shows_files_and_card_and_asks_nobody(push, hub: Hub, out: Path, monkeypatch) -> None:
+    monkeypatch.delenv("HF_TOKEN")
     ended = push("--dry-run")
     assert ended.code == 0
     first, *files = ended.out.partition("\n\n")[0].splitlines()
@@ -331,6 +330,7 @@ def test_a_dry_run_shows_files_and_card_and_needs_nobody(push, out: Path, monkey
     assert (facts["dry_run"], facts["private"], facts["files"]["adapters.safetensors"]) == (True, True, size)
     assert facts["files"]["README.md"] == len(facts["card"].encode())
     assert "\x1b" not in ended.out + ended.err
+    assert hub.requests == []
 
 
 # The card
@@ -555,6 +555,9 @@ def test_what_a_licence_asks_is_on_the_card_and_in_the_warnings() -> None:
     assert notices(licence("mit"), licence("apache-2.0")) == duties(licence("mit"), licence("apache-2.0")) == []
     assert warnings(licence("mit"), licence("apache-2.0"), REPO) == []
     assert "holds for its adapters" in warnings(licence("mit"), licence("qwen-research"), REPO)[0]
+    for own, warned in (("mit", True), ("gemma", False), (None, False)):
+        told = warnings(licence("mit"), licence("gemma"), REPO, own)
+        assert any("holds for its adapters as well" in line for line in told) is warned
 
 
 def test_what_is_not_known_is_said_to_be_not_known(push) -> None:

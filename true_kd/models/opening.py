@@ -113,6 +113,8 @@ def _download(options: ModelOptions, seam: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
+    # Under what terms it stands, for whoever shares what is made from it.
+    patterns += ["README.md", "LICENSE*"]
     try:
         return Path(snapshot_download(options.model, revision=options.revision, allow_patterns=patterns))
     except LocalEntryNotFoundError as error:

@@ -296,8 +296,8 @@ def _read_card(path: Path) -> Mapping[str, Any]:
     return card if isinstance(card, dict) else {}
 
 
-def warnings(teacher: FoundLicence, student: FoundLicence, repo: str) -> list[str]:
-    """What whoever publishes should look at before: one sentence or two each."""
+def warnings(teacher: FoundLicence, student: FoundLicence, repo: str, own: str | None = None) -> list[str]:
+    """What whoever publishes should look at before: one sentence or two each. `own` is the licence they chose."""
     found = []
     if teacher.id is None:
         found.append("The teacher's licence is not known: look whether it allows to train other models on its outputs.")
@@ -309,6 +309,8 @@ def warnings(teacher: FoundLicence, student: FoundLicence, repo: str) -> list[st
         found.append("The student's licence is not known: an adapter is made from it, look whether it may be shared.")
     elif student.terms is not None and student.terms.is_non_commercial:
         found.append(f"The student's licence ({student.terms.name}) holds for its adapters. {student.terms.restricts}")
+    if own not in (None, student.id) and student.terms is not None and (student.terms.restricts or student.terms.asks):
+        found.append(f"--license {own}: the student's licence ({student.terms.name}) holds for its adapters as well.")
     for terms in _terms(teacher, student):
         if terms.prefix and not repo.rpartition("/")[2].lower().startswith(terms.prefix.lower()):
             found.append(f"{terms.name}: the name of the repository has to begin with {terms.prefix}.")

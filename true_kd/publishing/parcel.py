@@ -75,7 +75,7 @@ def packed(found: FoundAdapter, wishes: Wishes) -> Iterator[Parcel]:
         (folder / adapters.WEIGHTS).symlink_to((found.folder / adapters.WEIGHTS).resolve())
         write_json(folder / adapters.CONFIG, _config(found, lineage))
         adapters.require_whole(folder)
-        told = list(warnings(lineage.teacher_licence, lineage.student_licence, wishes.repo))
+        told = list(warnings(lineage.teacher_licence, lineage.student_licence, wishes.repo, wishes.licence))
         if result is not None:
             _write_record(folder, result, lineage)
         elif (found.folder / adapters.METRICS).exists():
