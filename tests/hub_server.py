@@ -139,12 +139,13 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content)
 
-    def _about(self, _: bytes, repo: str) -> None:
+    def _about(self, _: bytes, repo: str, branch: str = "main") -> None:
         found = self.state.repositories.get(repo)
         if found is None:
             self._say(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
         else:
-            self._say(200, {"id": repo, "private": found.is_private, "sha": "0" * 40, "siblings": []})
+            head = max((at for at, commit in enumerate(found.commits, 1) if commit["branch"] == branch), default=0)
+            self._say(200, {"id": repo, "private": found.is_private, "sha": f"{head:040x}", "siblings": []})
 
     def _create(self, body: bytes) -> None:
         asked = json.loads(body)
@@ -177,11 +178,15 @@ class _Handler(BaseHTTPRequestHandler):
         if branch not in self.state.repositories[repo].branches:
             self._say(404, {"error": "Invalid rev id"}, X_Error_Code="RevisionNotFound")
             return
-        names = [file["path"] for file in json.loads(body)["files"]]
-        modes = [
-            {"path": name, "uploadMode": "lfs" if name.endswith(".safetensors") else "regular", "shouldIgnore": False}
-            for name in names
-        ]
+        there = self.state.repositories[repo].branches[branch]
+        modes = []
+        for name in [file["path"] for file in json.loads(body)["files"]]:
+            is_large = name.endswith(".safetensors")
+            mode = {"path": name, "uploadMode": "lfs" if is_large else "regular", "shouldIgnore": False}
+            if name in there:
+                as_git = b"blob %d\0" % len(there[name]) + there[name]
+                mode["oid"] = hashlib.sha256(there[name]).hexdigest() if is_large else hashlib.sha1(as_git).hexdigest()
+            modes.append(mode)
         self._say(200, {"files": modes})
 
     def _batch(self, body: bytes, repo: str) -> None:
@@ -228,6 +233,7 @@ class _Handler(BaseHTTPRequestHandler):
     _NAME = r"([\w.-]+/[\w.-]+)"
     _ROUTES: ClassVar = {
         rf"GET /api/models/{_NAME}": _about,
+        rf"GET /api/models/{_NAME}/revision/([^/]+)": _about,
         r"POST /api/repos/create": _create,
         r"POST /api/validate-yaml": _validate,
         rf"POST /api/models/{_NAME}/branch/([^/]+)": _branch,

@@ -16,6 +16,7 @@ import pytest
 from conftest import Ended
 from hub_server import TOKEN, Hub, Repository, running_hub
 from huggingface_hub import ModelCard, constants
+from safetensors.numpy import load_file, save_file
 from test_cli import only_line, refused
 from test_pipeline import ASK, SCORED, Place
 
@@ -175,11 +176,13 @@ def test_the_program_itself_uploads_by_either_protocol(xet: bool, out: Path, tmp
         assert TOKEN not in ended.stdout
 
 
-def test_a_second_upload_goes_to_the_same_place(push, hub: Hub) -> None:
+def test_a_second_upload_goes_to_the_same_place_and_the_same_again_is_no_commit(push, hub: Hub) -> None:
     push()
-    ended = push("--message", "Again", "--json")
+    ended = push("--license", "mit", "--message", "Again", "--json")
     facts = json.loads(ended.out)
-    assert (ended.code, facts["created"], facts["private"]) == (0, False, True)
+    assert (ended.code, facts["created"], facts["unchanged"], facts["private"]) == (0, False, False, True)
+    ended = push("--license", "mit")
+    assert (ended.code, "all of it was there before" in ended.err) == (0, True)
     assert [commit["summary"] for commit in hub.repositories[REPO].commits] == ["Upload the adapter of a", "Again"]
 
 
@@ -291,8 +294,8 @@ def test_a_licence_that_the_hub_does_not_know_is_refused_before_anything_is_sent
         ([REPO, "--license", "my own!"], "--license 'my own!': not an identifier"),
         ([REPO, "-d", "z"], "Domains here: a, b."),
         ([REPO, "--base-model", "pocket:student"], "--base-model 'pocket:student': embedded in true-kd"),
-        ([REPO, "--base-model", "/here/model"], "--base-model '/here/model': a folder on this machine"),
-        ([REPO], "a folder on this machine, expected the id under which others find it. Give --base-model OWNER/NAME."),
+        ([REPO, "--base-model", "/here/model"], "--base-model '/here/model': not an id of the hub"),
+        ([REPO], "not an id of the hub, expected that under which others find it. Give --base-model OWNER/NAME."),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -458,6 +461,18 @@ def test_a_secret_in_a_setting_stops_it_all(push, hub: Hub, copy: Path) -> None:
     assert "adapter_config.json: holds what looks like a secret" in refused_after(push(root=copy))
     path.write_text(json.dumps(adapters.signed(config, {**config["true_kd"], "note": f"{copy}/a"})))
     assert "adapter_config.json: would tell of" in refused_after(push(root=copy))
+    assert hub.requests == []
+
+
+def test_a_secret_in_the_header_of_the_weights_stops_it_as_well(cli, hub: Hub, out: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    folder.mkdir()
+    tensors = load_file(out / "a" / "adapters.safetensors")
+    save_file(tensors, folder / "adapters.safetensors", metadata={"made_by": f"train --token {TOKEN}"})
+    config = json.loads((out / "a" / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "model": BASE, "true_kd": None}))
+    arguments = ("push", REPO, "--adapter", str(folder), "--base-model", BASE)
+    assert "adapters.safetensors: holds what looks like a secret" in refused_after(cli(*arguments))
     assert hub.requests == []
 
 

@@ -26,6 +26,7 @@ from true_kd.cli.publishing import _announce
 from true_kd.errors import EnvironmentProblem, InputError
 from true_kd.finding import is_public, public_name
 from true_kd.models.serving import ModelServer, Served, ServingFailed
+from true_kd.pocket import locate
 
 ASK = "say hello to the cat"
 HELLO = [{"role": "user", "content": ASK}]
@@ -33,10 +34,11 @@ PAGE = "http://localhost:3000"
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, student_folder: Path) -> Path:
-    """A folder with the output of a run of the domain cats, whose student is told to be brief."""
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the output of a run of the domain cats, with the pocket pair; its student is told to be brief."""
     root = tmp_path_factory.mktemp("served")
-    lay_run(root / "adapters_kd", "cats", teacher_folder, student_folder, prompts=str(root / "prompts"))
+    teacher, student = locate("pocket:teacher", "teacher"), locate("pocket:student", "student")
+    lay_run(root / "adapters_kd", "cats", teacher, student, prompts=str(root / "prompts"))
     (root / "prompts" / "cats").mkdir(parents=True)
     (root / "prompts" / "cats" / "system.md").write_text("be brief")
     return root
@@ -160,9 +162,7 @@ def test_the_address_of_an_image_is_not_fetched(server: ModelServer) -> None:
         {"stop": 5},
         {"stop": [5]},
         {"stop": [""]},
-        {"top_k": 320},
         {"top_k": 10**6},
-        {"logit_bias": {"320": 1.0}},
         {"logit_bias": {"-1": 1.0}},
         {"logit_bias": {"9" * 30: 1.0}},
         {"logit_bias": {"one": 1.0}},
@@ -187,6 +187,14 @@ def test_what_would_harm_is_refused_and_the_next_is_answered(body: dict[str, obj
     assert (answer.status, "error" in json.loads(answer.text)) == (400, True)
     assert asked(server, "/health").status == 200
     assert reply(server, max_tokens=1)
+
+
+def test_ids_end_with_the_vocabulary(server: ModelServer) -> None:
+    for beyond, status in ((0, 400), (1, 200)):
+        size = server.vocab_size - beyond
+        for body in ({"top_k": size, "temperature": 1.0}, {"logit_bias": {str(size): 1.0}}):
+            answer = asked(server, "/v1/chat/completions", {"messages": HELLO, "max_tokens": 2, **body})
+            assert answer.status == status, (body, answer)
 
 
 @pytest.mark.parametrize("prompt", [["a", "b"], [1, 2], "", 5, {}], ids=str)
@@ -333,9 +341,12 @@ def test_it_says_how_to_ask_and_ctrl_c_ends_it_in_the_middle_of_a_reply(place: P
         long = {**body, "stream": True, "seed": 1, "max_tokens": 10**6}
         connection.request("POST", "/v1/chat/completions", json.dumps(long))
         assert connection.getresponse().read(50)
+        # Nor does who says nothing keep it.
+        silent = socket.create_connection(("127.0.0.1", port))
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)
         connection.close()
+        silent.close()
     assert (process.returncode, out) == (130, ""), err
     [*requests, last] = err.splitlines(keepends=True)
     assert only_line(last) == "true-kd: stopped by Ctrl-C."

@@ -138,9 +138,12 @@ def public_name(model: str) -> str:
 
 def is_public(model: str) -> bool:
     """Whether a model's name means the same elsewhere: that of an embedded model, or an id of the hub."""
-    if model.startswith(pocket.PREFIX):
-        return True
-    return re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", model) is not None and not Path(model).exists()
+    return model.startswith(pocket.PREFIX) or (is_hub_id(model) and not Path(model).exists())
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of an id of the hub: "owner/name"."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
 
 
 def _holds_adapter(folder: Path) -> bool:

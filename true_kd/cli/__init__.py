@@ -30,7 +30,7 @@ COMMANDS: Mapping[str, tuple[str, str, str]] = {
     "compare": ("talking", "compare", "Show plain student, student with adapter and teacher side by side."),
     "chat": ("talking", "chat", "Talk to the student with its adapter."),
     "generate": ("talking", "generate", "Print the reply of the student with its adapter, for scripts."),
-    "serve": ("publishing", "serve", "Serve the student with its adapter over HTTP, for this machine's clients."),
+    "serve": ("publishing", "serve", "Serve the student with its adapter over HTTP."),
     "push": ("publishing", "push", "Upload an adapter to the Hugging Face hub, with a model card."),
     "cache": ("caches", "app", "Look after the caches of teacher targets."),
     "init": ("setup", "init", "Lay out configs/ and prompts/ to start from."),

@@ -42,10 +42,11 @@ def serve(
         ),
     ] = None,
 ) -> int:
-    """Serve the student with its adapter over HTTP, for this machine's clients: mlx-lm's own server, Ctrl-C ends it.
+    """Serve the student with its adapter over HTTP.
 
-    It speaks OpenAI's API, at /v1/chat/completions, /v1/completions and /v1/models. Requests may name this student
-    and its plain form, and no other model.
+    It is mlx-lm's own server, for clients on this machine; Ctrl-C ends it. It speaks OpenAI's API, at
+    /v1/chat/completions, /v1/completions and /v1/models. Requests may name this student and its plain form, and no
+    other model.
     """
     from true_kd.adapters import require_whole
     from true_kd.cli.asking import Asking
@@ -102,9 +103,10 @@ def push(
     ] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Upload an adapter to the Hugging Face hub, with a model card: privately, unless --public is given.
+    """Upload an adapter to the Hugging Face hub, with a model card.
 
-    The weights, the adapter's config, its measurements and the card are all that goes; no checkpoint, prompt or path.
+    The repository is private, unless --public is given. The weights, the adapter's config, its measurements and the
+    card are all that goes; no checkpoint, prompt or path.
     The token is that of `hf auth login`, or HF_TOKEN.
     """
     from true_kd.cli.asking import Asking
@@ -131,11 +133,18 @@ def push(
             return 0
         done = upload(parcel, to, summary)
         if as_json:
-            done_facts = {"private": done.is_private, "created": done.is_new, "url": done.url, "commit": done.commit}
+            done_facts = {
+                "private": done.is_private,
+                "created": done.is_new,
+                "unchanged": done.is_unchanged,
+                "url": done.url,
+                "commit": done.commit,
+            }
             say_json({**facts, "dry_run": False, **done_facts, "card": parcel.card})
             return 0
         typer.echo(done.url)
-        say(f"{'Private' if done.is_private else 'Public'}, {_listed(parcel)}: {done.commit}")
+        what = "all of it was there before" if done.is_unchanged else _listed(parcel)
+        say(f"{'Private' if done.is_private else 'Public'}, {what}: {done.commit}")
         if public and done.is_private:
             say("It was private before and stays so: its owner can change that on the hub.")
     return 0

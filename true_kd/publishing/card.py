@@ -13,7 +13,7 @@ from typing import Any
 from true_kd import adapters
 from true_kd.config import RunConfig
 from true_kd.evaluation import Estimate
-from true_kd.finding import is_public
+from true_kd.finding import is_hub_id
 from true_kd.proof import ModelScores, Proof
 from true_kd.publishing.licences import FoundLicence, duties, notices
 from true_kd.report.formats import number, points, share
@@ -307,7 +307,7 @@ def _limits(of: Lineage) -> str:
 
 def _model(name: str) -> str:
     """A model by name, as a link where the hub has it."""
-    if is_public(name) and ":" not in name:
+    if is_hub_id(name):
         return f"[{name}](https://huggingface.co/{name})"
     return f"`{_text(name).replace('`', '')}`"
 

@@ -7,17 +7,21 @@ the models, bear digests of their own, and load as before; prompts, replies and 
 from __future__ import annotations
 
 import contextlib
+import json
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from true_kd import adapters
 from true_kd.errors import InputError, TrueKDError
 from true_kd.files import write_atomic, write_json
-from true_kd.finding import FoundAdapter, is_public, public_name, system_message
+from true_kd.finding import FoundAdapter, is_hub_id, is_public, public_name, system_message
 from true_kd.jobs import read_domain
 from true_kd.pocket import PREFIX
 from true_kd.pocket import locate as locate_pocket
@@ -71,8 +75,8 @@ def packed(found: FoundAdapter, wishes: Wishes) -> Iterator[Parcel]:
     lineage = _trace(found, wishes, result)
     with tempfile.TemporaryDirectory(prefix="true-kd-") as name:
         folder = Path(name)
-        # What is hashed and uploaded is what the link leads to; nothing is written through it.
-        (folder / adapters.WEIGHTS).symlink_to((found.folder / adapters.WEIGHTS).resolve())
+        # A copy, so that what is looked at is what goes, whatever a run does meanwhile.
+        shutil.copyfile(found.folder / adapters.WEIGHTS, folder / adapters.WEIGHTS)
         write_json(folder / adapters.CONFIG, _config(found, lineage))
         adapters.require_whole(folder)
         told = list(warnings(lineage.teacher_licence, lineage.student_licence, wishes.repo, wishes.licence))
@@ -95,12 +99,13 @@ def packed(found: FoundAdapter, wishes: Wishes) -> Iterator[Parcel]:
 def _trace(found: FoundAdapter, wishes: Wishes, result: KDResult | None) -> Lineage:
     config = found.config
     student = config.student.model
-    base = wishes.base_model or student
-    if not is_public(base) or base.startswith(PREFIX):
-        what = "embedded in true-kd" if base.startswith(PREFIX) else "a folder on this machine"
-        flag = "--base-model" if wishes.base_model else "student"
+    base = student if wishes.base_model is None else wishes.base_model
+    # What is named here is meant as an id, whatever lies under that name on this machine.
+    if not is_hub_id(base) or (wishes.base_model is None and not is_public(base)):
+        what = "embedded in true-kd" if base.startswith(PREFIX) else "not an id of the hub"
+        flag = "--base-model" if wishes.base_model is not None else "student"
         raise InputError(
-            f"{flag} {quote(base)}: {what}, expected the id under which others find it. Give --base-model OWNER/NAME."
+            f"{flag} {quote(base)}: {what}, expected that under which others find it. Give --base-model OWNER/NAME."
         )
     teacher = _teacher(found, result)
     run = config if found.domain is not None else None
@@ -227,17 +232,16 @@ def _look_through(folder: Path, found: FoundAdapter, shown: KDResult | None) -> 
     paths = {
         str(path) for place in places for path in (place, place.resolve()) if len(path.parts) > 2 and path.is_absolute()
     }
-    for name in ("README.md", adapters.CONFIG, adapters.METRICS):
-        if not (folder / name).is_file():
-            continue
-        text = (folder / name).read_text(encoding="utf-8")
+    names = [name for name in ("README.md", adapters.CONFIG, adapters.METRICS) if (folder / name).is_file()]
+    texts = {name: (folder / name).read_text(encoding="utf-8") for name in names}
+    with safe_open(folder / adapters.WEIGHTS, framework="np") as file:
+        texts[adapters.WEIGHTS] = json.dumps(file.metadata() or {}, ensure_ascii=False)
+    for name, text in texts.items():
         local = sorted(path for path in paths if path in text)
         if local:
             raise InputError(f"{name}: would tell of {quote(local[0])}, expected nothing of this machine. Rename it.")
         if redact(text) != text:
-            raise InputError(
-                f"{name}: holds what looks like a secret, expected none. Look for it in the names and settings."
-            )
+            raise InputError(f"{name}: holds what looks like a secret, expected none. Look at the names and settings.")
     if shown is not None:
         samples = () if shown.proof is None else shown.proof.samples
         text = "\n".join(f"{sample.prompt}\n{''.join(sample.pieces)}" for sample in samples)

@@ -38,6 +38,8 @@ class Uploaded:
     is_private: bool
     is_new: bool
     """Whether the repository was made for it."""
+    is_unchanged: bool
+    """Whether all of it was there already, so that there is no new commit."""
 
 
 class HubProblem(EnvironmentProblem):
@@ -100,6 +102,7 @@ def upload(parcel: Parcel, to: Destination, message: str) -> Uploaded:
         if to.revision is not None:
             api.create_branch(to.repo, branch=to.revision, exist_ok=True)
         files = [CommitOperationAdd(name, str(parcel.folder / name)) for name in parcel.names]
+        head = api.repo_info(to.repo, revision=to.revision).sha
         commit = api.create_commit(to.repo, files, commit_message=message, revision=to.revision)
     except TrueKDError:
         raise
@@ -107,7 +110,7 @@ def upload(parcel: Parcel, to: Destination, message: str) -> Uploaded:
         fault = error
     if fault is not None:
         raise _told(fault, to, made) from fault
-    return Uploaded(f"{api.endpoint}/{to.repo}", commit.commit_url, bool(is_private), made)
+    return Uploaded(f"{api.endpoint}/{to.repo}", commit.commit_url, bool(is_private), made, commit.oid == head)
 
 
 def _told(error: Exception, to: Destination, made: bool) -> TrueKDError:
@@ -160,7 +163,7 @@ def _reason(error: BaseException) -> str:
     """What the hub itself said, without addresses and secrets."""
     response = _response(error)
     said = response.headers.get("X-Error-Message") or ""
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RuntimeError):
         body = response.json()
         said = said or str(body.get("error", "") if isinstance(body, dict) else "")
     return _cut(said or getattr(response, "reason_phrase", "") or "no reason given")
