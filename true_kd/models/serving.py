@@ -352,7 +352,9 @@ class ModelServer(ThreadingHTTPServer):
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
             self._replies.end()
-            self.server_close()
+            # One of them may have been made and not started.
+            with contextlib.suppress(RuntimeError):
+                self.server_close()
 
     def service_actions(self) -> None:
         """Between requests: see that they can still be answered."""
@@ -364,10 +366,12 @@ class ModelServer(ThreadingHTTPServer):
         self._connections.add(request)
         super().process_request(request, client_address)
 
-    def shutdown_request(self, request: Any) -> None:
-        """The answer is written."""
-        self._connections.discard(request)
-        super().shutdown_request(request)
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer, whatever becomes of the thread that took the connection: Ctrl-C may have come meanwhile."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._connections.discard(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away is no news, nor is what the end of all breaks off."""
