@@ -238,7 +238,7 @@ def _wait_for_end(thread: int) -> None:
     process that left in that moment was aborted (mlx 0.32.4 on Linux, half of the times that Ctrl-C came in a reply).
     """
     place = Path(f"/proc/self/task/{thread}")
-    for _ in range(50):
+    for _ in range(600):
         time.sleep(0.05)
         if not place.exists():
             return
