@@ -26,6 +26,7 @@ from true_kd.finding import find_domain, find_folder
 from true_kd.publishing import Wishes, packed
 from true_kd.publishing.card import _text
 from true_kd.publishing.licences import LICENCES, FoundLicence, duties, find_licence, notices, warnings
+from true_kd.publishing.parcel import find_folder_of
 from true_kd.report import find_finished
 from true_kd.reporting import read_result
 
@@ -503,6 +504,21 @@ def test_a_model_card_on_this_machine_tells_the_licence(
     assert found is None or licence.source == source
 
 
+def test_the_card_of_a_downloaded_model_is_found_in_the_hubs_cache(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--somebody--Best-7B"
+    snapshot = folder / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("a" * 40)
+    (snapshot / "config.json").write_text("{}")
+    assert find_folder_of("somebody/Best-7B", None) == snapshot
+    (snapshot / "README.md").write_text("---\nlicense: gemma\n---\n")
+    assert find_licence("somebody/Best-7B", find_folder_of("somebody/Best-7B", None)).id == "gemma"
+    assert find_folder_of("somebody/Other-7B", None) is None
+    assert find_folder_of(None, None) is None
+
+
 @pytest.mark.parametrize(
     ("opening", "found"),
     [
@@ -570,6 +586,8 @@ def test_what_a_licence_asks_is_on_the_card_and_in_the_warnings() -> None:
     assert notices(licence("mit"), licence("apache-2.0")) == duties(licence("mit"), licence("apache-2.0")) == []
     assert warnings(licence("mit"), licence("apache-2.0"), REPO) == []
     assert "holds for its adapters" in warnings(licence("mit"), licence("qwen-research"), REPO)[0]
+    assert LICENCES["qwen-research"].restricts in duties(licence("mit"), licence("qwen-research"))[0]
+    assert duties(licence("mit"), licence("llama2")) == [], "of outputs, and it is no teacher here"
     for own, warned in (("mit", True), ("gemma", False), (None, False)):
         told = warnings(licence("mit"), licence("gemma"), REPO, own)
         assert any("holds for its adapters as well" in line for line in told) is warned

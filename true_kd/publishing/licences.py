@@ -324,11 +324,12 @@ def notices(teacher: FoundLicence, student: FoundLicence) -> list[str]:
 
 def duties(teacher: FoundLicence, student: FoundLicence) -> list[str]:
     """What the licences ask and restrict, for the card."""
-    found = [
-        (terms.name, terms.restricts if terms is teacher.terms else "", terms.asks)
-        for terms in _terms(teacher, student)
-    ]
-    return [f"{name}: {' '.join(filter(None, parts))}" for name, *parts in found if any(parts)]
+    lines = []
+    for terms in _terms(teacher, student):
+        restricts = terms.restricts if terms is teacher.terms or terms.is_non_commercial else ""
+        said = " ".join(filter(None, (restricts, terms.asks)))
+        lines += [f"{terms.name}: {said}"] if said else []
+    return lines
 
 
 def _terms(*found: FoundLicence) -> Iterable[Licence]:

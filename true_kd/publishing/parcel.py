@@ -114,9 +114,9 @@ def _trace(found: FoundAdapter, wishes: Wishes, result: KDResult | None) -> Line
         base_model=base,
         student=public_name(student) if wishes.base_model is None or is_public(student) else base,
         teacher=None if teacher is None else public_name(teacher),
-        teacher_licence=find_licence(teacher or "", _folder(teacher, config.teacher.revision)),
+        teacher_licence=find_licence(teacher or "", find_folder_of(teacher, config.teacher.revision)),
         student_licence=find_licence(
-            student if is_public(student) else base, _folder(student, config.student.revision)
+            student if is_public(student) else base, find_folder_of(student, config.student.revision)
         ),
         licence=wishes.licence,
         domain=found.domain,
@@ -137,7 +137,7 @@ def _teacher(found: FoundAdapter, result: KDResult | None) -> str | None:
     return found.config.teacher.model
 
 
-def _folder(model: str | None, revision: str | None) -> Path | None:
+def find_folder_of(model: str | None, revision: str | None) -> Path | None:
     """Where a model's card would lie on this machine; nothing is downloaded."""
     from huggingface_hub import try_to_load_from_cache
 
