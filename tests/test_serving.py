@@ -22,9 +22,10 @@ from test_cli import hear_ctrl_c, only_line, refused
 from test_finding import lay_run
 
 from true_kd.cli.asking import Asking
-from true_kd.cli.publishing import _announce
+from true_kd.cli.publishing import _announce, _open
 from true_kd.errors import EnvironmentProblem, InputError
 from true_kd.finding import is_public, public_name
+from true_kd.models import LanguageModel
 from true_kd.models.serving import ModelServer, Served, ServingFailed
 from true_kd.pocket import locate
 
@@ -49,7 +50,7 @@ def server(place: Path) -> Iterator[ModelServer]:
     """A server of cats and of its plain student, at work."""
     out = str(place / "adapters_kd")
     asking = Asking.of(domain="cats", adapter=None, out=out, config=None, student=None, system=None)
-    served = [Served("cats", lambda: asking.open(plain=False)), Served("plain", lambda: asking.open(plain=True))]
+    served = [Served("cats", lambda: _open(asking, plain=False)), Served("plain", lambda: _open(asking, plain=True))]
     ready = threading.Event()
     with ModelServer(served, "127.0.0.1", 0, [PAGE]) as running:
         thread = threading.Thread(target=running.serve, args=(ready.set,))
@@ -258,11 +259,37 @@ def test_it_ends_where_nothing_can_be_answered_any_more(place: Path) -> None:
     out = str(place / "adapters_kd")
     asking = Asking.of(domain="cats", adapter=None, out=out, config=None, student=None, system=None)
     with (
-        ModelServer([Served("cats", lambda: asking.open(plain=False))], "127.0.0.1", 0) as server,
+        ModelServer([Served("cats", lambda: _open(asking, plain=False))], "127.0.0.1", 0) as server,
         pytest.raises(ServingFailed),
     ):
         # The thread ends as after an exception in it, which no request is known to cause.
         server.serve(lambda: server.replies._thread.stop_and_join())
+
+
+@pytest.mark.slow
+def test_a_template_without_end_costs_its_request_alone(place: Path) -> None:
+    out = str(place / "adapters_kd")
+    asking = Asking.of(domain="cats", adapter=None, out=out, config=None, student=None, system=None)
+
+    def opened() -> LanguageModel:
+        model = _open(asking, plain=True)
+        loop = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}"
+        model.tokenizer._tokenizer.chat_template = (
+            "{% if messages[0].content == 'loop' %}" + loop + "{% endif %}{{ messages[0].content }}"
+        )
+        return model
+
+    with ModelServer([Served("cats", opened)], "127.0.0.1", 0) as server:
+        ready = threading.Event()
+        thread = threading.Thread(target=server.serve, args=(ready.set,))
+        thread.start()
+        assert ready.wait(60)
+        ask = {"messages": [{"role": "user", "content": "loop"}], "max_tokens": 2}
+        answer = asked(server, "/v1/chat/completions", ask)
+        assert (answer.status, "computed for more than" in answer.text) == (404, True)
+        assert reply(server, max_tokens=1, chat_template_kwargs={"enable_thinking": False, "other": "x"})
+        server.shutdown()
+        thread.join(60)
 
 
 # Addresses and names
@@ -282,7 +309,7 @@ def test_beyond_this_machine_there_is_a_warning(place: Path, capsys: pytest.Capt
     out = str(place / "adapters_kd")
     asking = Asking.of(domain="cats", adapter=None, out=out, config=None, student=None, system=None)
     for host, warned in (("0.0.0.0", True), ("127.0.0.1", False)):
-        with ModelServer([Served("cats", lambda: asking.open(plain=False))], host, 0) as server:
+        with ModelServer([Served("cats", lambda: _open(asking, plain=False))], host, 0) as server:
             _announce(server, asking, base=False)
             assert server.may_ask("evil.example", None) is warned
         assert ("Anybody who reaches this address can use it" in capsys.readouterr().err) is warned

@@ -17,6 +17,7 @@ from true_kd.suggest import in_bytes, printable, quote
 
 if TYPE_CHECKING:
     from true_kd.cli.asking import Asking
+    from true_kd.models import LanguageModel
     from true_kd.models.serving import ModelServer
     from true_kd.publishing import Destination, Parcel
 
@@ -55,12 +56,12 @@ def serve(
 
     asking = Asking.of(domain=domain, adapter=adapter, out=out, config=config, student=student, system=None)
     found = asking.found
-    served = [Served(public_name(found.config.student.model), lambda: asking.open(plain=True))]
+    served = [Served(public_name(found.config.student.model), lambda: _open(asking, plain=True))]
     if not base:
         require_whole(found.folder)
         name = found.domain or found.folder.resolve().name
         name = f"{name}-adapter" if name == served[0].name else name
-        served.insert(0, Served(name, lambda: asking.open(plain=False)))
+        served.insert(0, Served(name, lambda: _open(asking, plain=False)))
     with ModelServer(served, host, port, allow_origin or ()) as server:
         server.serve(lambda: _announce(server, asking, base))
     return 0
@@ -162,6 +163,16 @@ def _show(parcel: Parcel, to: Destination) -> None:
 
 def _listed(parcel: Parcel) -> str:
     return f"{len(parcel.names)} files of {in_bytes(sum(parcel.sizes.values()))}"
+
+
+def _open(asking: Asking, plain: bool) -> LanguageModel:
+    """The student, its chat template rendered as for training."""
+    from true_kd.examples import TEMPLATE_DATE
+    from true_kd.models import bind_template
+
+    model = asking.open(plain)
+    bind_template(model.tokenizer, TEMPLATE_DATE)
+    return model
 
 
 def _announce(server: ModelServer, asking: Asking, base: bool) -> None:
