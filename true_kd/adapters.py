@@ -79,14 +79,20 @@ def save_adapter(
     with staging(folder, last=WEIGHTS) as stage:
         need = sum(array.nbytes for array in arrays.values())
         staged = stage.write(WEIGHTS, lambda path: save_tensors(path, arrays), need)
-        config[OURS] = {**settings, _SHA256: digest_file(staged)}
+        config = signed(config, {**settings, _SHA256: digest_file(staged)})
         if run is not None:
             stage.write_json(RUN, run)
-        config[OURS][CHECK] = digest_json(config)
         stage.write_json(CONFIG, config)
         if not _is_alike(folder, config):
             # mlx-lm would take old weights for those of a config that means others.
             remove(folder / WEIGHTS)
+
+
+def signed(config: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+    """An adapter's config with true-kd's own facts, the digest of the weights among them, and a digest of it all."""
+    whole = {**config, OURS: {name: value for name, value in ours.items() if name != CHECK}}
+    whole[OURS][CHECK] = digest_json(whole)
+    return whole
 
 
 _SHA256 = "weights_sha256"
@@ -116,6 +122,21 @@ def check_adapter(folder: Path) -> None:
         raise ValueError(f"{CONFIG} is not what was written")
     if not (folder / WEIGHTS).is_file() or ours.get(_SHA256) != digest_file(folder / WEIGHTS):
         raise ValueError(f"{WEIGHTS} is not what its config says")
+
+
+def require_whole(folder: Path) -> None:
+    """Refuse an adapter that is not what was written, before anything is made of it.
+
+    Raises
+    ------
+    CacheError
+        with the file.
+    """
+    try:
+        check_adapter(folder)
+        check_safetensors(folder / WEIGHTS)
+    except (OSError, ValueError) as error:
+        raise CacheError(f"{folder}: not the adapter that was written ({error}). Distil it again.") from error
 
 
 def load_adapter(module: nn.Module, folder: Path) -> None:

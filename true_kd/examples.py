@@ -127,14 +127,14 @@ def _apply(
 ) -> list[int]:
     tools = [_plain(tool) for tool in prompt.tools] if prompt.tools else None
     try:
-        return apply_template(tokenizer, messages, tools, _DATE, add_generation_prompt=add_generation_prompt)
+        return apply_template(tokenizer, messages, tools, TEMPLATE_DATE, add_generation_prompt=add_generation_prompt)
     except TemplateRefusal as error:
         raise TemplateError(prompt.where, model, " ".join(str(error).split())[:160]) from error
     except TemplateStopped as error:
         raise TemplateOverrunError(prompt.where, model, str(error)) from error
 
 
-_DATE = "26 Jul 2024"
+TEMPLATE_DATE = "26 Jul 2024"
 """The day that Llama's templates print where they cannot ask the clock: with that of today the cache would miss
 everything tomorrow."""
 

@@ -6,11 +6,12 @@ no more than the name of their model. Nothing is opened here: whether weights fi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from true_kd import adapters
+from true_kd import adapters, pocket
 from true_kd.config import KDConfig, NoConfigs, Override, RunConfig, load_config
 from true_kd.errors import InputError, PromptError
 from true_kd.files import expand
@@ -124,6 +125,21 @@ def system_message(found: FoundAdapter) -> str | None:
     if problems:
         raise PromptError(problems)
     return text
+
+
+def public_name(model: str) -> str:
+    """What a model is called before others: its name, or that of its folder where it is a path on this machine."""
+    return model if is_public(model) else Path(model).expanduser().resolve().name
+
+
+def is_public(model: str) -> bool:
+    """Whether a model's name means the same elsewhere: that of an embedded model, or an id of the hub."""
+    return model.startswith(pocket.PREFIX) or (is_hub_id(model) and not Path(model).exists())
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of an id of the hub: "owner/name"."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
 
 
 def _run_of(folder: Path) -> Path | None:

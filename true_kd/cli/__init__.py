@@ -32,6 +32,8 @@ COMMANDS: Mapping[str, tuple[str, str, str]] = {
     "compare": ("talking", "compare", "Show plain student, student with adapter and teacher side by side."),
     "chat": ("talking", "chat", "Talk to the student with its adapter."),
     "generate": ("talking", "generate", "Print the reply of the student with its adapter, for scripts."),
+    "serve": ("publishing", "serve", "Serve the student with its adapter over HTTP."),
+    "push": ("publishing", "push", "Upload an adapter to the Hugging Face hub, with a model card."),
     "cache": ("caches", "app", "Look after the caches of teacher targets."),
     "domains": ("setup", "domains", "List the domains: their prompts, configs, and what their adapters gained."),
     "config": ("configuring", "app", "Show what a config comes to, and where each value came from."),

@@ -47,7 +47,7 @@ from true_kd.models.recomputation import recompute_layers
 from true_kd.models.shallow import UnknownDepth, count_layers, write_shallow
 from true_kd.models.speed import decoding_speed
 from true_kd.models.stand_in import STAND_IN, StandIn, read_stand_in
-from true_kd.models.templates import TemplateRefusal, TemplateStopped, apply_template
+from true_kd.models.templates import TemplateRefusal, TemplateStopped, apply_template, bind_template
 from true_kd.models.text import token_pieces
 
 __all__ = [
@@ -70,6 +70,7 @@ __all__ = [
     "add_lora",
     "apply_template",
     "attach_adapter",
+    "bind_template",
     "cache_bytes",
     "check_keys",
     "check_safetensors",

@@ -127,6 +127,8 @@ def _from_hub(options: ModelOptions, seam: str, download: bool) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
+    # Under what terms it stands, for whoever shares what is made from it.
+    patterns += ["README.md", "LICENSE*"]
     try:
         folder = Path(
             snapshot_download(
@@ -448,8 +450,8 @@ def release_memory() -> None:
 
 
 @contextlib.contextmanager
-def _file_limits_kept() -> Iterator[None]:
-    # `import mlx_lm.utils` lowers the limit of open files to 2048/4096, and raises where the hard limit is smaller.
+def file_limits_kept() -> Iterator[None]:
+    """For imports of `mlx_lm.utils`, which lowers the limit of open files to 2048/4096, or raises where it cannot."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     set_limit = resource.setrlimit
     resource.setrlimit = lambda *_: None
@@ -461,6 +463,6 @@ def _file_limits_kept() -> Iterator[None]:
 
 
 def _mlx_lm_utils() -> Any:
-    with _file_limits_kept():
+    with file_limits_kept():
         import mlx_lm.utils
     return mlx_lm.utils

@@ -49,8 +49,11 @@ def apply_template(
     date: str,
     *,
     add_generation_prompt: bool,
+    variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Token ids of a conversation by the chat template of mlx-lm's tokenizer; `date` for those that print one.
+
+    `variables` are more for the template, plain data.
 
     Raises
     ------
@@ -59,18 +62,14 @@ def apply_template(
     TemplateStopped
         when it computes, stores or writes too much.
     """
-    from transformers import PreTrainedTokenizerBase
-
     inner = tokenizer._tokenizer
     given = None if tools is None else list(tools)
-    if tokenizer._chat_template is not None or (
-        type(inner).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
-    ):
-        # Written in Python, by mlx-lm or transformers and not by whoever made the model.
+    if _is_in_python(tokenizer):
+        more = {"date_string": date, **(variables or {})}
         try:
             return list(
                 tokenizer.apply_chat_template(
-                    list(messages), tools=given, add_generation_prompt=add_generation_prompt, date_string=date
+                    list(messages), tools=given, add_generation_prompt=add_generation_prompt, **more
                 )
             )
         except (TypeError, ValueError, KeyError) as error:
@@ -79,9 +78,39 @@ def apply_template(
         template = inner.get_chat_template(None, given)
     except ValueError as error:
         raise TemplateRefusal(str(error)) from error
-    variables = {**inner.special_tokens_map, "enable_thinking": tokenizer.has_thinking, "date_string": date}
-    text = render_template(template, messages, given, variables, add_generation_prompt=add_generation_prompt)
+    known = {**inner.special_tokens_map, "enable_thinking": tokenizer.has_thinking, "date_string": date}
+    text = render_template(
+        template, messages, given, {**known, **(variables or {})}, add_generation_prompt=add_generation_prompt
+    )
     return list(inner(text, add_special_tokens=False)["input_ids"])
+
+
+def _is_in_python(tokenizer: Any) -> bool:
+    """Whether the template was written by mlx-lm or transformers, and not by whoever made the model."""
+    from transformers import PreTrainedTokenizerBase
+
+    own = PreTrainedTokenizerBase.apply_chat_template
+    return tokenizer._chat_template is not None or type(tokenizer._tokenizer).apply_chat_template is not own
+
+
+def bind_template(tokenizer: Any, date: str) -> None:
+    """Have mlx-lm's own code render this tokenizer's template as `apply_template` does, within its limits."""
+    if _is_in_python(tokenizer):
+        return
+
+    def apply(
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tokenize: bool = True,
+        add_generation_prompt: bool = False,
+        **variables: Any,
+    ) -> list[int]:
+        assert tokenize, "text is asked for with images alone"
+        return apply_template(
+            tokenizer, messages, tools, date, add_generation_prompt=add_generation_prompt, variables=variables
+        )
+
+    tokenizer.apply_chat_template = apply
 
 
 def render_template(
