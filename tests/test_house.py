@@ -25,7 +25,7 @@ FLOORS = (
     ("cli", "distiller"),
     ("sweep",),
     ("pipeline", "console", "doctor"),
-    ("student", "probing"),
+    ("student", "probing", "exporting"),
     ("arms", "teacher", "report"),
     ("datasets", "comparing"),
     ("events", "jobs", "checkpoints", "finding"),

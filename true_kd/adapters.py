@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,22 @@ def check_adapter(folder: Path) -> None:
         raise ValueError(f"{CONFIG} is not what was written")
     if not (folder / WEIGHTS).is_file() or ours.get(_SHA256) != digest_file(folder / WEIGHTS):
         raise ValueError(f"{WEIGHTS} is not what its config says")
+
+
+def copy_adapter(source: Path, destination: Path, alpha: float | int) -> None:
+    """Copy an adapter's two files; the config of the copy says its scale as `lora_parameters.alpha` besides.
+
+    That is scale times rank, for other tools than mlx-lm.
+    """
+    config = read_json(source / CONFIG)
+    config["lora_parameters"]["alpha"] = alpha
+    if isinstance(ours := config.get(OURS), dict):
+        ours.pop(CHECK, None)
+        ours[CHECK] = digest_json(config)
+    with staging(destination, last=WEIGHTS) as stage:
+        weights = source / WEIGHTS
+        stage.write(WEIGHTS, lambda path: shutil.copyfile(weights, path), weights.stat().st_size)
+        stage.write_json(CONFIG, config)
 
 
 def load_adapter(module: nn.Module, folder: Path) -> None:

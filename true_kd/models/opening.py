@@ -26,6 +26,7 @@ from true_kd.backend import device_name
 from true_kd.errors import ModelError, TrueKDError
 from true_kd.files import digest_file, digest_json, expand
 from true_kd.models.inspection import (
+    CARD,
     check_configs,
     check_folder,
     check_weights,
@@ -112,7 +113,7 @@ def _download(options: ModelOptions, seam: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
+    patterns = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja", CARD]
     try:
         return Path(snapshot_download(options.model, revision=options.revision, allow_patterns=patterns))
     except LocalEntryNotFoundError as error:
@@ -359,12 +360,16 @@ def _put_on(module: nn.Module, options: ModelOptions, seam: str) -> None:
 
 def open_skeleton(options: ModelOptions, seam: str) -> nn.Module:
     """A model whose weights are not read: its layers and their names."""
+    return open_stored(options, seam)[0]
+
+
+def open_stored(options: ModelOptions, seam: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A model as it is stored, of which weights are read where they are needed, and its config as mlx-lm has it."""
     folder = describe(options, seam).path
     with _loading(options, seam):
         check_configs(folder)
         check_weights(folder)
-        module, _ = _mlx_lm_utils().load_model(folder, lazy=True, trust_remote_code=False)
-    return module
+        return _mlx_lm_utils().load_model(folder, lazy=True, trust_remote_code=False)
 
 
 @contextlib.contextmanager
