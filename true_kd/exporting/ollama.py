@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from true_kd.models import ModelTokenizer, TemplateRefusal, TemplateStopped, is_coded, template_text
@@ -37,10 +37,6 @@ class Frame:
             messages = [{"role": "system", "content": self.default_system}, *messages]
         turns = [self.before[turn["role"]] + turn["content"] + self.after[turn["role"]] for turn in messages]
         return "".join(turns) + self.opening
-
-    def without(self, begin: str) -> Frame:
-        """The frame without the token that begins every text, which Ollama's runner adds of its own accord."""
-        return replace(self, before={role: part.removeprefix(begin) for role, part in self.before.items()})
 
     def to_go(self) -> str:
         """The same in Ollama's template language."""
@@ -95,8 +91,12 @@ def frame_of(text: ModelTokenizer) -> Frame | None:
     if not text.tokenizer.has_chat_template or is_coded(text.tokenizer):
         return None
 
+    # Ollama's runner begins every text with this token of its own accord.
+    begin = text.tokenizer.bos_token or ""
+
     def render(messages: Messages, opened: bool = True, date: str = _DATES[0]) -> str:
-        return template_text(text.tokenizer, messages, None, date, add_generation_prompt=opened)
+        written = template_text(text.tokenizer, messages, None, date, add_generation_prompt=opened)
+        return written.removeprefix(begin)
 
     try:
         frame = _taken_apart(render)
@@ -107,9 +107,6 @@ def frame_of(text: ModelTokenizer) -> Frame | None:
                 return None
     except (TemplateRefusal, TemplateStopped):
         return None
-    begin = getattr(text.tokenizer, "bos_token", None)
-    if begin:
-        frame = frame.without(begin)
     parts = (*frame.before.values(), *frame.after.values(), frame.opening)
     return frame if all("{{" not in part and "}}" not in part and _fits(part) for part in parts) else None
 

@@ -22,7 +22,12 @@ CONFIG = "adapter_config.json"
 _ROOT = "base_model.model."
 TOLERANCE = 1e-5
 
-FAMILIES = frozenset(["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"])
+FAMILIES = frozenset(
+    [
+        *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3"),
+        *("olmo2", "granite", "smollm3", "starcoder2", "stablelm", "cohere"),
+    ]
+)
 """Those whose layers bear the same names in mlx-lm and in transformers, compared by logits with PEFT itself."""
 
 
