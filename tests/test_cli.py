@@ -28,7 +28,7 @@ from true_kd.models import ModelOptions
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
     *("distill", "capture", "demo", "evaluate", "analyze", "sweep"),
-    *("report", "compare", "chat", "generate", "init", "doctor", "cache"),
+    *("report", "compare", "chat", "generate", "export", "init", "doctor", "cache"),
 )
 DOMAINS = ("action", "debug", "memory", "reflection", "task", "thinking")
 PROMPTS = "".join(f"the cat number {number} sat on the mat\n" for number in range(6))

@@ -60,7 +60,7 @@ SHAPES = {
 def save_family(folder: Path, tokenizer_folder: Path, name: str) -> Path:
     """A random model of a family, as a folder; mistral is llama by another name."""
     family = families.FAMILIES["llama untied" if name == "mistral" else name]
-    module = families.build("llama untied" if name == "mistral" else name)
+    module = families.build("llama untied" if name == "mistral" else name, stretch=1.0)
     kind = "mistral" if name == "mistral" else family.kind
     folder.mkdir(parents=True)
     config = {"model_type": kind, **families.SIZES, **family.config, "eos_token_id": 1}
@@ -138,7 +138,7 @@ def left_over(folder: Path) -> list[Path]:
 def test_what_was_written_is_read_back_and_says_the_same(lay: Lay, tmp_path: Path, shape: str, target: str) -> None:
     done = export(lay(*SHAPES[shape]).found, target, tmp_path / "out")
     assert done.measured.difference <= (to_peft if target == "peft" else to_gguf).TOLERANCE
-    assert done.measured.effect > 0.3
+    assert done.measured.effect > 0.1
     assert done.measured.is_telling
     assert left_over(tmp_path) == []
 
@@ -338,9 +338,9 @@ def test_peft_itself_says_what_mlx_says(lay: Lay, tmp_path: Path, shape: str) ->
     wanted = logits_in_mlx(laid, adapted=True)
     effect, difference = float(np.abs(wanted - base).max()), float(np.abs(adapted - wanted).max())
     print(f"PEFT {shape}: base {apart:.1e}, adapter {difference:.1e}, effect {effect:.2g}")
-    assert effect > 0.3
+    assert effect > 0.1
     # Where transformers and mlx-lm differ in the base already (an activation function), the adapter adds nothing.
-    assert difference <= max(1e-5 * max(1.0, np.abs(wanted).max()), 3 * apart)
+    assert difference <= (1e-5 if apart <= 1e-5 else 3 * apart)
     assert apart < 5e-3
 
 
@@ -370,7 +370,7 @@ def test_llama_cpp_itself_says_what_mlx_says(lay: Lay, tmp_path: Path, shape: st
     difference = float(np.abs(base_gguf.llama_cpp_logits(base, TOKENS, adapter) - wanted).max())
     effect, largest = float(np.abs(wanted - plain).max()), float(np.abs(wanted).max())
     print(f"llama.cpp {shape}: base {apart:.1e}, adapter {difference:.1e}, effect {effect:.2g}, largest {largest:.2g}")
-    assert effect > 0.3
+    assert effect > 0.1
     assert difference <= 1e-3 * max(1.0, largest)
 
 
@@ -797,6 +797,7 @@ def test_lm_studio_gets_its_layout_where_it_is(
         (("--domain", "cats", "--to", "peft", "--base-model", " "), "--base-model '': empty"),
         (("--domain", "cats", "--to", "mlx", "--base-model", "a/b"), "--base-model: given with --to mlx"),
         (("--domain", "cats", "--to", "gguf", "--quantize"), "--quantize: given with --to gguf"),
+        (("--domain", "cats", "--to", "ollama", "--quantize"), "Ollama does not read the bits of MLX"),
         (("--domain", "cats", "--to", "mlx", "--prompts-file", "none.txt"), "none.txt"),
     ],
 )

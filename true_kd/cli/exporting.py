@@ -130,7 +130,9 @@ def _use(done: Exported) -> str:
     folder, name = shlex.quote(str(done.folder)), done.folder.name
     match done.target:
         case "mlx":
-            return f"mlx_lm.generate --model {shlex.quote(done.student)} --adapter-path {folder} --prompt ..."
+            is_embedded = done.student.startswith("pocket:")
+            student = shlex.quote(str(done.student_folder) if is_embedded else done.student)
+            return f"mlx_lm.generate --model {student} --adapter-path {folder} --prompt ..."
         case "peft":
             base = f"AutoModelForCausalLM.from_pretrained({done.base_model!r})"
             return f"PeftModel.from_pretrained({base}, {str(done.folder)!r})"
@@ -140,7 +142,7 @@ def _use(done: Exported) -> str:
         case "fused":
             return f"mlx_lm.generate --model {folder} --prompt ..."
         case "ollama":
-            return f"cd {folder} && ollama create {shlex.quote(name)}"
+            return f"cd {folder} && ollama create {shlex.quote(done.domain or name)}"
         case _:
             return f"load {done.folder.parent.name}/{name} in LM Studio"
 

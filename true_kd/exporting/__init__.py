@@ -21,7 +21,7 @@ from true_kd.adapters import WEIGHTS
 from true_kd.errors import InputError
 from true_kd.exporting.checking import Measured, NotTheSame, hear_original, held_out_prompts
 from true_kd.exporting.folders import RECORD, check_destination, destination, new_folder
-from true_kd.exporting.reading import Adapter, CannotExport, base_model, read_adapter
+from true_kd.exporting.reading import LOCAL, Adapter, CannotExport, base_model, read_adapter
 from true_kd.files import digest_file, write_json
 from true_kd.finding import FoundAdapter
 from true_kd.models import card_base, open_tokenizer, release_memory
@@ -63,6 +63,7 @@ class Exported:
     adapter: Path
     domain: str | None
     student: str
+    student_folder: Path
     base_model: str | None
     """For tools that open the student themselves: what it was before it was quantised."""
     files: dict[str, int]
@@ -117,12 +118,24 @@ def export(found: FoundAdapter, request: Request) -> Generator[str, None, Export
             measured = _fused.measure(folder, original)
         notes += _judge(measured, request)
         if target == "ollama":
-            notes += _ollama.write(folder, open_tokenizer(adapter.student, "student"), request.system)
+            notes += _ollama.write(
+                folder, open_tokenizer(adapter.student, "student"), adapter.config.get("architectures"), request.system
+            )
         record = _record(adapter, target, base, measured, checked_on, notes)
         write_json(folder / RECORD, record)
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if not path.name.startswith(".")}
     return Exported(
-        target, place, found.folder, found.domain, adapter.student.model, base, files, measured, checked_on, notes
+        target,
+        place,
+        found.folder,
+        found.domain,
+        adapter.student.model,
+        adapter.student_folder,
+        base,
+        files,
+        measured,
+        checked_on,
+        notes,
     )
 
 
@@ -136,6 +149,13 @@ def _look_before(adapter: Adapter, request: Request) -> tuple[str | None, tuple[
     if target == "mlx":
         return None, ()
     if target in _FUSED:
+        if target == "ollama" and request.keep_bits:
+            raise CannotExport(
+                target,
+                "--quantize is given, and Ollama does not read the bits of MLX",
+                "plain weights",
+                "Leave it out; `ollama create --quantize q4_K_M` quantises.",
+            )
         _fused.check(adapter, target, request.keep_bits)
         return None, ()
     if target == "peft":
@@ -146,6 +166,10 @@ def _look_before(adapter: Adapter, request: Request) -> tuple[str | None, tuple[
         known = request.base_model is not None or not adapter.is_quantised or card_base(adapter.student_folder)
         base, source = base_model(adapter, request.base_model) if known else (None, "")
     if not adapter.is_quantised:
+        if target == "peft" and source == LOCAL:
+            return base, (
+                f"adapter_config.json names this machine's {base}. Give --base-model ID before you share it.",
+            )
         return base, ()
     named = f"Apply it to {base} ({source})." if base is not None else "Apply it to the student before quantisation."
     return base, (

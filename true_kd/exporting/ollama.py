@@ -11,10 +11,15 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from true_kd.models import ModelTokenizer, TemplateRefusal, TemplateStopped, is_coded, template_text
 
 MODELFILE = "Modelfile"
+IMPORTED = frozenset(
+    f"{family}ForCausalLM" for family in ("Llama", "Mixtral", "Gemma", "Gemma2", "Gemma3", "Phi3", "Qwen2", "Cohere")
+)
+"""Architectures that `ollama create` reads from a folder, by its sources of August 2026; not tried here."""
 _ROLES = ("system", "user", "assistant")
 
 Messages = Sequence[Mapping[str, str]]
@@ -47,15 +52,23 @@ class Frame:
         return f"{{{{- range .Messages }}}}{''.join(parts)}{{{{ end }}}}{{{{ end }}}}{self.opening}"
 
 
-def write(folder: Path, text: ModelTokenizer, system: str | None) -> tuple[str, ...]:
+def write(folder: Path, text: ModelTokenizer, architectures: Any, system: str | None) -> tuple[str, ...]:
     """Write the Modelfile; returns what a person should know of it.
 
     Parameters
     ----------
+    architectures
+        what the student's config.json says under this key.
     system
         the system message that the domain was trained with.
     """
     lines, notes = ["FROM ."], []
+    named = architectures[0] if isinstance(architectures, list) and architectures else None
+    if named not in IMPORTED:
+        notes.append(
+            f"Ollama may not read {named or 'a model without architectures in config.json'} from a folder: then make "
+            "a GGUF of it with llama.cpp's convert_hf_to_gguf.py, and name that after FROM."
+        )
     frame = frame_of(text)
     if frame is None:
         notes.append(

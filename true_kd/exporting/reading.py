@@ -191,6 +191,9 @@ def check_layers(adapter: Adapter, target: str, known: Collection[str]) -> None:
         )
 
 
+LOCAL = "the student's folder"
+
+
 def base_model(adapter: Adapter, given: str | None) -> tuple[str, str]:
     """The id of the student before it was quantised, for tools that open it themselves; and how it is known.
 
@@ -206,7 +209,7 @@ def base_model(adapter: Adapter, given: str | None) -> tuple[str, str]:
     named = adapter.student.model
     if not adapter.is_quantised:
         is_id = not Path(named).expanduser().exists() and named.count("/") == 1 and not named.startswith((".", "~"))
-        return (named, "the student itself") if is_id else (str(adapter.student_folder.resolve()), "the student itself")
+        return (named, "the student itself") if is_id else (str(adapter.student_folder.resolve()), LOCAL)
     from_card = card_base(adapter.student_folder)
     if from_card is not None and from_card != named:
         return from_card, "the model card of the student"
