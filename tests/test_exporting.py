@@ -24,6 +24,7 @@ from test_finding import lay_run
 import true_kd.exporting.gguf as to_gguf
 import true_kd.exporting.peft as to_peft
 from true_kd import adapters, exporting
+from true_kd.cli import exporting as command
 from true_kd.errors import CacheError, InputError, LockedError
 from true_kd.exporting import CannotExport, Exported, NotTheSame, Request
 from true_kd.exporting.checking import hear_original
@@ -729,6 +730,10 @@ def test_the_modelfile_has_template_stops_and_the_system_message_of_the_domain(l
 
 
 # The command line.
+
+
+def test_the_command_offers_every_target() -> None:
+    assert command.TARGETS_SHOWN == exporting.TARGETS
 
 
 @pytest.fixture

@@ -20,11 +20,12 @@ from true_kd.suggest import did_you_mean, in_bytes, printable, quote
 if TYPE_CHECKING:
     from true_kd.exporting import Exported
 
-_TARGETS = ("mlx", "peft", "gguf", "fused", "ollama", "lmstudio")
+TARGETS_SHOWN = ("mlx", "peft", "gguf", "fused", "ollama", "lmstudio")
+"""Those of `true_kd.exporting`, whose import would cost the help its speed."""
 
 
 def export(
-    to: Annotated[str, typer.Option("--to", metavar="|".join(_TARGETS), help="What for.", show_default=False)],
+    to: Annotated[str, typer.Option("--to", metavar="|".join(TARGETS_SHOWN), help="What for.", show_default=False)],
     domain: Domain = None,
     adapter: Adapter = None,
     out: Out = None,
@@ -70,7 +71,7 @@ def export(
 ) -> int:
     """Write an adapter for another tool, and prove by its logits that it is the same.
 
-    mlx: for mlx-lm. peft: for transformers and vLLM. gguf: a LoRA for llama.cpp. fused: a model of its own. ollama:
+    mlx: for mlx-lm. peft: for transformers. gguf: a LoRA for llama.cpp. fused: a model of its own. ollama:
     that and a Modelfile. lmstudio: that where LM Studio looks.
     """
     from true_kd.cli.asking import Asking, read_prompts

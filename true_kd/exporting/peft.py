@@ -1,4 +1,4 @@
-"""An adapter folder of PEFT, for transformers, vLLM and whatever else reads that.
+"""An adapter folder of PEFT, for transformers and whatever else reads that.
 
 PEFT keeps both matrices transposed, names layers from its wrapper's root, and writes `lora_alpha` for scale times rank.
 """
