@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from true_kd.files import save_tensors
-from true_kd.models.opening import _mlx_lm_utils
+from true_kd.models import opening
 
 LayerKind = Literal["linear", "embedding", "experts", "other"]
 
@@ -47,7 +47,7 @@ def fuse_layers(module: nn.Module, config: dict[str, Any], keep_bits: bool) -> t
     fused = [(name, _fuse(layer, keep_bits)) for name, layer in module.named_modules() if hasattr(layer, "fuse")]
     module.update_modules(tree_unflatten(fused))
     if not keep_bits:
-        module = _mlx_lm_utils().dequantize_model(module)
+        module = opening._mlx_lm_utils().dequantize_model(module)
         config = {name: value for name, value in config.items() if name not in _PACKING}
     return module, config
 
@@ -74,7 +74,7 @@ def save_model(folder: Path, module: nn.Module, config: dict[str, Any]) -> None:
     OSError
         when the disk is full.
     """
-    utils = _mlx_lm_utils()
+    utils = opening._mlx_lm_utils()
     weights = dict(tree_flatten(module.parameters()))
     shards = utils.make_shards(weights)
     placed: dict[str, str] = {}
