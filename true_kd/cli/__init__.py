@@ -30,7 +30,7 @@ COMMANDS: Mapping[str, tuple[str, str, str]] = {
     "compare": ("talking", "compare", "Show plain student, student with adapter and teacher side by side."),
     "chat": ("talking", "chat", "Talk to the student with its adapter."),
     "generate": ("talking", "generate", "Print the reply of the student with its adapter, for scripts."),
-    "export": ("exporting", "export", "Write an adapter for mlx-lm, PEFT, llama.cpp, Ollama or LM Studio."),
+    "export": ("exporting", "export", "Export an adapter to PEFT, llama.cpp, Ollama and others."),
     "cache": ("caches", "app", "Look after the caches of teacher targets."),
     "init": ("setup", "init", "Lay out configs/ and prompts/ to start from."),
     "doctor": ("setup", "doctor", "Show versions, device and BLAS: what to paste into an issue."),

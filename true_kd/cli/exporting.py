@@ -69,7 +69,9 @@ def export(
     ] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Write an adapter for another tool, and prove by its logits that it is the same.
+    """Export an adapter to PEFT, llama.cpp, Ollama and others.
+
+    What is written is compared with the original by its logits, and not kept where it differs.
 
     mlx: for mlx-lm. peft: for transformers. gguf: a LoRA for llama.cpp. fused: a model of its own. ollama:
     that and a Modelfile. lmstudio: that where LM Studio looks.
