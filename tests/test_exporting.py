@@ -174,6 +174,34 @@ def test_the_scale_is_in_every_format(lay: Lay, tmp_path: Path) -> None:
     assert (parameters["alpha"], parameters["scale"], parameters["rank"]) == (12, 4.0, 3)
 
 
+@pytest.mark.parametrize("name", ["llama untied", "qwen3 tied"])
+def test_rows_that_llama_cpp_rotates_are_neighbours_in_llama_and_nowhere_else(
+    lay: Lay, tmp_path: Path, name: str
+) -> None:
+    laid = lay(name)
+    [path] = export(laid.found, "gguf", tmp_path / "out").folder.glob("*.gguf")
+    written = {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(path).tensors}
+    tensors = load_file(laid.found.folder / adapters.WEIGHTS)
+    for ours, theirs, heads in (("self_attn.q_proj", "attn_q", 2), ("self_attn.k_proj", "attn_k", 1)):
+        up = tensors[f"model.layers.1.{ours}.lora_b"].T
+        expected = base_gguf.neighbours(up, heads) if name == "llama untied" else up
+        assert not np.array_equal(base_gguf.neighbours(up, heads), up)
+        assert np.array_equal(written[f"blk.1.{theirs}.weight.lora_b"], expected)
+        assert np.array_equal(written[f"blk.1.{theirs}.weight.lora_a"], tensors[f"model.layers.1.{ours}.lora_a"].T)
+
+
+def test_peft_has_both_matrices_transposed_under_the_names_of_its_wrapper(lay: Lay, tmp_path: Path) -> None:
+    laid = lay("llama untied", DORA)
+    written = load_file(export(laid.found, "peft", tmp_path / "out").folder / to_peft.WEIGHTS)
+    ours = load_file(laid.found.folder / adapters.WEIGHTS)
+    assert len(written) == len(ours)
+    layer = "model.layers.0.mlp.up_proj"
+    assert written[f"base_model.model.{layer}.lora_A.weight"].shape == (3, 32)
+    assert written[f"base_model.model.{layer}.lora_B.weight"].shape == (64, 3)
+    assert np.array_equal(written[f"base_model.model.{layer}.lora_B.weight"], ours[f"{layer}.lora_b"].T)
+    assert np.array_equal(written[f"base_model.model.{layer}.lora_magnitude_vector"], ours[f"{layer}.m"])
+
+
 # What goes wrong in silence elsewhere.
 
 
