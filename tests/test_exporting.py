@@ -252,7 +252,7 @@ def test_a_gguf_that_llama_cpp_would_take_and_misapply_is_found(
 ) -> None:
     adapter = read_adapter(lay("llama untied").found)
     original, plain = hear_original(adapter, PROMPTS)
-    to_gguf.write(adapter, tmp_path, None)
+    to_gguf.write(adapter, tmp_path, Request("gguf"), None)
     spoil(tmp_path / to_gguf.file_name(adapter))
     measured = to_gguf.measure(adapter, tmp_path, original, plain.module)
     assert not measured.holds
@@ -278,9 +278,9 @@ def test_a_peft_folder_that_means_another_adapter_is_found(
 ) -> None:
     adapter = read_adapter(lay("qwen3 tied").found)
     original, plain = hear_original(adapter, PROMPTS)
-    to_peft.write(adapter, tmp_path, "some/base")
+    to_peft.write(adapter, tmp_path, Request("peft"), "some/base")
     spoil(tmp_path)
-    measured = to_peft.measure(tmp_path, original, plain.module)
+    measured = to_peft.measure(adapter, tmp_path, original, plain.module)
     assert not measured.holds
     assert measured.difference > 10 * measured.limit
 
@@ -552,7 +552,7 @@ def test_a_fused_model_is_opened_by_mlx_lm_and_says_the_same(
 
     laid = lay(name, options)
     done = export(laid.found, "fused", tmp_path / "out")
-    assert done.measured.difference < 1e-6 < 0.01 < done.measured.effect
+    assert done.measured.difference < 1e-6 < 1e-3 < done.measured.effect
     module, tokenizer = load(str(done.folder))
     wanted = logits_in_mlx(laid, adapted=True)
     assert np.abs(np.array(module(mx.array([TOKENS])))[0] - wanted).max() < 1e-4 * max(1.0, np.abs(wanted).max())
@@ -619,7 +619,7 @@ def test_an_adapter_that_does_nothing_is_said_to(lay: Lay, tmp_path: Path) -> No
     found = find_folder(str(save(tmp_path / "adapter", module, LORA, laid.student)))
     done = export(found, "peft", tmp_path / "out")
     assert done.measured.effect == 0.0
-    assert "changes next to nothing" in done.notes[0]
+    assert "changes next to nothing" in done.notes[-1]
 
 
 # The folder.

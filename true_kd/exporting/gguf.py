@@ -15,6 +15,7 @@ import numpy as np
 
 from true_kd.errors import CacheError
 from true_kd.exporting.checking import Formula, Measured, Original, apply_formulas
+from true_kd.exporting.exporter import Exporter, Request
 from true_kd.exporting.reading import Adapter, CannotExport, check_layers
 
 TOLERANCE = 1e-3
@@ -25,7 +26,7 @@ _PERMUTED = ("llama",)
 """Architectures that rotate pairs of neighbours, where the weights of the hub rotate the halves of a head."""
 
 
-def check(adapter: Adapter) -> None:
+def check(adapter: Adapter, request: Request) -> None:
     """Raise `CannotExport` for an adapter that has no GGUF, or that llama.cpp would apply otherwise."""
     if adapter.type == "dora":
         raise CannotExport(
@@ -49,7 +50,7 @@ def file_name(adapter: Adapter) -> str:
     return f"{adapter.name}-lora.gguf"
 
 
-def write(adapter: Adapter, folder: Path, base: str | None) -> None:
+def write(adapter: Adapter, folder: Path, request: Request, base: str | None) -> tuple[str, ...]:
     """Write the file; `base` is the id of the unquantised student, where it is known."""
     import gguf
 
@@ -76,6 +77,7 @@ def write(adapter: Adapter, folder: Path, base: str | None) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return ()
 
 
 def _tensor_names(architecture: str, adapter: Adapter) -> dict[str, str]:
@@ -110,10 +112,11 @@ def _permute(rows: np.ndarray, heads: int) -> np.ndarray:
     return rows.reshape(heads, 2, size // 2, -1).swapaxes(1, 2).reshape(rows.shape)
 
 
-def measure(adapter: Adapter, folder: Path, original: Original, module: nn.Module) -> Measured:
+def measure(adapter: Adapter, folder: Path, original: Original, plain: nn.Module | None) -> Measured:
     """Read the file back and apply it to the plain student as llama.cpp does."""
-    apply_formulas(module, formulas(adapter, folder / file_name(adapter)))
-    return original.compare_logits(original.read(module), TOLERANCE)
+    assert plain is not None
+    apply_formulas(plain, formulas(adapter, folder / file_name(adapter)))
+    return original.compare_logits(original.read(plain), TOLERANCE)
 
 
 def formulas(adapter: Adapter, path: Path) -> dict[str, Formula]:
@@ -161,3 +164,6 @@ def _lookup(down: mx.array, up: mx.array, scale: float) -> Formula:
         return layer(tokens) + scale * (down[tokens] @ up.T)
 
     return formula
+
+
+EXPORTER = Exporter(check, write, measure, on_plain=True, base="if known")

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from true_kd.errors import InputError
+from true_kd.exporting import fused
 from true_kd.exporting.folders import destination
 from true_kd.exporting.reading import Adapter
 
@@ -36,3 +37,6 @@ def model_name(adapter: Adapter) -> str:
     """Student and domain, of characters that any file system takes."""
     student = adapter.student.model.rstrip("/").rsplit("/", 1)[-1].rsplit(":", 1)[-1]
     return re.sub(r"[^\w.-]+", "-", f"{student}-{adapter.name}")
+
+
+EXPORTER = fused.EXPORTER

@@ -11,9 +11,11 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from true_kd.models import ModelTokenizer, TemplateRefusal, TemplateStopped, is_coded, template_text
+from true_kd.exporting import fused
+from true_kd.exporting.exporter import Exporter, Request
+from true_kd.exporting.reading import Adapter, CannotExport
+from true_kd.models import ModelTokenizer, TemplateRefusal, TemplateStopped, is_coded, open_tokenizer, template_text
 
 MODELFILE = "Modelfile"
 IMPORTED = frozenset(
@@ -52,17 +54,37 @@ class Frame:
         return f"{{{{- range .Messages }}}}{''.join(parts)}{{{{ end }}}}{{{{ end }}}}{self.opening}"
 
 
-def write(folder: Path, text: ModelTokenizer, architectures: Any, system: str | None) -> tuple[str, ...]:
+def check(adapter: Adapter, request: Request) -> None:
+    """Raise `CannotExport` for a model in the bits of MLX."""
+    if request.keep_bits:
+        raise CannotExport(
+            "ollama",
+            "--quantize is given, and Ollama does not read the bits of MLX",
+            "plain weights",
+            "Leave it out; `ollama create --quantize q4_K_M` quantises.",
+        )
+
+
+def write(adapter: Adapter, folder: Path, request: Request, base: str | None) -> tuple[str, ...]:
+    """Write the fused model, and its Modelfile."""
+    fused.write(adapter, folder, request, base)
+    return write_modelfile(adapter, folder, request.system)
+
+
+EXPORTER = Exporter(check, write, fused.measure, is_model=True)
+
+
+def write_modelfile(adapter: Adapter, folder: Path, system: str | None) -> tuple[str, ...]:
     """Write the Modelfile; returns what a person should know of it.
 
     Parameters
     ----------
-    architectures
-        what the student's config.json says under this key.
     system
         the system message that the domain was trained with.
     """
     lines, notes = ["FROM ."], []
+    text = open_tokenizer(adapter.student, "student")
+    architectures = adapter.config.get("architectures")
     named = architectures[0] if isinstance(architectures, list) and architectures else None
     if named not in IMPORTED:
         notes.append(

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save
 
 from true_kd import adapters
 from true_kd.exporting.checking import Formula, Measured, Original, apply_formulas, dense
+from true_kd.exporting.exporter import Exporter, Request
 from true_kd.exporting.reading import Adapter, CannotExport, check_layers
 from true_kd.files import write_json
 
@@ -31,7 +32,7 @@ FAMILIES = frozenset(
 """Those whose layers bear the same names in mlx-lm and in transformers, compared by logits with PEFT itself."""
 
 
-def check(adapter: Adapter) -> None:
+def check(adapter: Adapter, request: Request) -> None:
     """Raise `CannotExport` for an adapter that PEFT would apply otherwise."""
     check_layers(adapter, "peft", FAMILIES)
     for layer in adapter.layers:
@@ -44,7 +45,7 @@ def check(adapter: Adapter) -> None:
             )
 
 
-def write(adapter: Adapter, folder: Path, base: str) -> None:
+def write(adapter: Adapter, folder: Path, request: Request, base: str | None) -> tuple[str, ...]:
     """Write the folder; `base` is the id of the unquantised student."""
     tensors: dict[str, np.ndarray] = {}
     for layer in adapter.layers:
@@ -71,15 +72,19 @@ def write(adapter: Adapter, folder: Path, base: str) -> None:
         "target_modules": [layer.name for layer in adapter.layers],
     }
     write_json(folder / CONFIG, config)
+    if base == adapter.local_path:
+        return (f"{CONFIG} names {base} of this machine. To share it, give --base-model ID.",)
+    return ()
 
 
 _LINEAR = ("lora_A.weight", "lora_B.weight")
 
 
-def measure(folder: Path, original: Original, module: nn.Module) -> Measured:
+def measure(adapter: Adapter, folder: Path, original: Original, plain: nn.Module | None) -> Measured:
     """Read the folder back and apply it to the plain student as PEFT documents it."""
-    apply_formulas(module, formulas(folder))
-    return original.compare_logits(original.read(module), TOLERANCE)
+    assert plain is not None
+    apply_formulas(plain, formulas(folder))
+    return original.compare_logits(original.read(plain), TOLERANCE)
 
 
 def formulas(folder: Path) -> dict[str, Formula]:
@@ -129,3 +134,6 @@ def _dora(down: mx.array, up: mx.array, scaling: float, magnitude: mx.array) -> 
         return out + layer.bias if "bias" in layer else out
 
     return formula
+
+
+EXPORTER = Exporter(check, write, measure, on_plain=True, base="needed")

@@ -90,6 +90,13 @@ class Adapter:
         return "quantization" in self.config or "quantization_config" in self.config
 
     @property
+    def local_path(self) -> str | None:
+        """The folder by which this machine alone knows the student; None for one of the hub."""
+        named = self.student.model
+        is_id = not Path(named).expanduser().exists() and named.count("/") == 1 and not named.startswith((".", "~"))
+        return None if is_id else str(self.student_folder.resolve())
+
+    @property
     def name(self) -> str:
         """Of its domain, or of its folder."""
         return self.found.domain or self.folder.resolve().name
@@ -191,9 +198,6 @@ def check_layers(adapter: Adapter, target: str, known: Collection[str]) -> None:
         )
 
 
-LOCAL = "the student's folder"
-
-
 def base_model(adapter: Adapter, given: str | None) -> tuple[str, str]:
     """The id of the student before it was quantised, for tools that open it themselves; and how it is known.
 
@@ -208,8 +212,7 @@ def base_model(adapter: Adapter, given: str | None) -> tuple[str, str]:
         return given, "--base-model"
     named = adapter.student.model
     if not adapter.is_quantised:
-        is_id = not Path(named).expanduser().exists() and named.count("/") == 1 and not named.startswith((".", "~"))
-        return (named, "the student itself") if is_id else (str(adapter.student_folder.resolve()), LOCAL)
+        return adapter.local_path or named, "the student itself"
     from_card = card_base(adapter.student_folder)
     if from_card is not None and from_card != named:
         return from_card, "the model card of the student"
