@@ -12,7 +12,10 @@ from typing import Any
 import gguf
 import numpy as np
 
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+ARCHITECTURES = {
+    **{"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"},
+    **{"gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3"},
+}
 
 
 def write_base(path: Path, config: Mapping[str, Any], weights: Mapping[str, np.ndarray]) -> Path:
@@ -31,6 +34,9 @@ def write_base(path: Path, config: Mapping[str, Any], weights: Mapping[str, np.n
     writer.add_key_length(config["head_dim"])
     writer.add_value_length(config["head_dim"])
     writer.add_vocab_size(config["vocab_size"])
+    if "final_logit_softcapping" in config:
+        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+        writer.add_attn_logit_softcapping(50.0)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.add_tokenizer_model("none")
     [number] = [key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == kind]
@@ -39,6 +45,9 @@ def write_base(path: Path, config: Mapping[str, Any], weights: Mapping[str, np.n
         if kind == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
             heads = config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
             values = neighbours(values, heads)
+        if kind.startswith("gemma") and name.endswith("norm.weight"):
+            # Gains are kept as what they are more than 1, and llama.cpp has them whole.
+            values = values + 1
         writer.add_tensor(table.get_name(name, try_suffixes=(".weight", ".bias")), np.ascontiguousarray(values))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

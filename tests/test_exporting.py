@@ -54,6 +54,9 @@ SHAPES = {
     "qwen2 untied": ("qwen2 untied", LAST),
     "qwen3 tied": ("qwen3 tied", LORA),
     "qwen3 untied": ("qwen3 untied", HEAD),
+    "gemma": ("gemma", LORA),
+    "gemma2": ("gemma2", LORA),
+    "gemma3 text": ("gemma3 text", LORA),
 }
 """Family and adapter of what is compared in full."""
 
@@ -309,9 +312,6 @@ HF_CONFIG: dict[str, dict[str, Any]] = {
 """What transformers must be told besides to build the same model."""
 
 OTHERS = (
-    "gemma",
-    "gemma2",
-    "gemma3 text",
     "phi",
     "phi3",
     "olmo2",
@@ -394,9 +394,11 @@ def test_llama_cpp_itself_says_what_mlx_says(lay: Lay, tmp_path: Path, shape: st
     laid = lay(*SHAPES[shape])
     [adapter] = export(laid.found, "gguf", tmp_path / "out").folder.glob("*.gguf")
     base = base_of(laid, tmp_path)
-    plain, wanted = (logits_in_mlx(laid, adapted) for adapted in (False, True))
-    apart = float(np.abs(base_gguf.llama_cpp_logits(base, TOKENS) - plain).max())
-    difference = float(np.abs(base_gguf.llama_cpp_logits(base, TOKENS, adapter) - wanted).max())
+    # Beyond 4 tokens gemma3's window would tell layers apart, which this base does not.
+    tokens = TOKENS[:4] if shape == "gemma3 text" else TOKENS
+    plain, wanted = (logits_in_mlx(laid, adapted)[: len(tokens)] for adapted in (False, True))
+    apart = float(np.abs(base_gguf.llama_cpp_logits(base, tokens) - plain).max())
+    difference = float(np.abs(base_gguf.llama_cpp_logits(base, tokens, adapter) - wanted).max())
     effect, largest = float(np.abs(wanted - plain).max()), float(np.abs(wanted).max())
     print(f"llama.cpp {shape}: base {apart:.1e}, adapter {difference:.1e}, effect {effect:.2g}, largest {largest:.2g}")
     assert effect > 0.1
@@ -440,7 +442,7 @@ def test_dora_has_no_gguf(lay: Lay, tmp_path: Path) -> None:
     assert line.startswith("--to gguf: a DoRA adapter, and GGUF has no place for its magnitudes")
 
 
-@pytest.mark.parametrize(("target", "name"), [("gguf", "gemma2"), ("gguf", "olmo2"), ("peft", "gpt_bigcode")])
+@pytest.mark.parametrize(("target", "name"), [("gguf", "phi"), ("gguf", "olmo2"), ("peft", "gpt_bigcode")])
 def test_a_family_that_was_not_compared_is_refused_by_name(lay: Lay, tmp_path: Path, target: str, name: str) -> None:
     line = refused(CannotExport, lay(name).found, target, tmp_path / "out")
     assert f"students of type '{name}' have not been compared with it" in line

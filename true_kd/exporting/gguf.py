@@ -20,7 +20,10 @@ from true_kd.exporting.reading import Adapter, CannotExport, check_layers
 
 TOLERANCE = 1e-3
 
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+ARCHITECTURES = {
+    **{"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"},
+    **{"gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3"},
+}
 """The architecture of llama.cpp by mlx-lm's model type: those that were compared by logits with llama.cpp itself."""
 _PERMUTED = ("llama",)
 """Architectures that rotate pairs of neighbours, where the weights of the hub rotate the halves of a head."""
