@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 EXTRA ?= cpu
+LLAMA := $(VENV)/.llama-cpp
 CHAOS ?= $(addprefix tests/test_,chaos.py bad_input.py damage.py hostile.py templates.py numbers.py)
 
 .PHONY: demo test test-chaos install lint pocket clean
@@ -10,7 +11,7 @@ CHAOS ?= $(addprefix tests/test_,chaos.py bad_input.py damage.py hostile.py temp
 demo: install
 	$(VENV)/bin/true-kd demo
 
-test: install
+test: install $(LLAMA)
 	$(VENV)/bin/python -m pytest --numprocesses auto
 
 # An hour or more of kills, full disks, damage and bad input; what it finds stands in true_kd/docs/reliability.md.
@@ -24,6 +25,15 @@ $(STAMP): pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)/bin/python -m pip install --quiet --editable '.[$(EXTRA),test]'
 	touch $(STAMP)
+
+# llama.cpp, with which exports are compared, is compiled: a quarter of an hour, once. Where that fails its tests are
+# skipped, and it is tried again after `rm .venv/.llama-cpp`.
+$(LLAMA): $(STAMP)
+	@echo "compiling llama-cpp-python, for the tests of exports (LLAMA= leaves it out)"
+	@CMAKE_ARGS="$${CMAKE_ARGS:--DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF}" \
+		$(VENV)/bin/python -m pip install --quiet llama-cpp-python >$(VENV)/llama-cpp.log 2>&1 \
+		|| echo "llama-cpp-python was not built, its tests are skipped: $(VENV)/llama-cpp.log says why"
+	@touch $(LLAMA)
 
 lint: install
 	$(VENV)/bin/python -m pip install --quiet 'ruff>=0.9'

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 COMMANDS = (
     *("distill", "capture", "demo", "evaluate", "analyze", "sweep"),
     *("report", "compare", "chat", "generate", "cache", "plan", "init", "domains", "config", "validate", "doctor"),
-    *("serve", "push"),
+    *("serve", "push", "export"),
 )
 DOMAINS = ("action", "debug", "memory", "reflection", "task", "thinking")
 PROMPTS = "".join(f"the cat number {number} sat on the mat\n" for number in range(6))

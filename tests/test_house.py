@@ -25,7 +25,7 @@ FLOORS = (
     ("cli", "distiller"),
     ("sweep", "planning", "publishing"),
     ("pipeline", "console", "doctor", "preflight"),
-    ("student", "probing"),
+    ("student", "probing", "exporting"),
     ("arms", "teacher", "report", "differing"),
     ("datasets", "comparing", "project"),
     ("events", "jobs", "checkpoints", "finding", "config_schema"),

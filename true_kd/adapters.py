@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,21 @@ def require_whole(folder: Path) -> None:
         check_safetensors(folder / WEIGHTS)
     except (OSError, ValueError) as error:
         raise CacheError(f"{folder}: not the adapter that was written ({error}). Distil it again.") from error
+
+
+def copy_adapter(source: Path, destination: Path, alpha: float | int) -> None:
+    """Copy an adapter's two files; the config of the copy says its scale as `lora_parameters.alpha` besides.
+
+    That is scale times rank, for other tools than mlx-lm.
+    """
+    config = read_json(source / CONFIG)
+    config["lora_parameters"]["alpha"] = alpha
+    if isinstance(ours := config.get(OURS), dict):
+        config = signed(config, ours)
+    with staging(destination, last=WEIGHTS) as stage:
+        weights = source / WEIGHTS
+        stage.write(WEIGHTS, lambda path: shutil.copyfile(weights, path), weights.stat().st_size)
+        stage.write_json(CONFIG, config)
 
 
 def load_adapter(module: nn.Module, folder: Path) -> None:

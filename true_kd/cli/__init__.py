@@ -34,6 +34,7 @@ COMMANDS: Mapping[str, tuple[str, str, str]] = {
     "generate": ("talking", "generate", "Print the reply of the student with its adapter, for scripts."),
     "serve": ("publishing", "serve", "Serve the student with its adapter over HTTP."),
     "push": ("publishing", "push", "Upload an adapter to the Hugging Face hub, with a model card."),
+    "export": ("exporting", "export", "Export an adapter to PEFT, llama.cpp, Ollama and others."),
     "cache": ("caches", "app", "Look after the caches of teacher targets."),
     "domains": ("setup", "domains", "List the domains: their prompts, configs, and what their adapters gained."),
     "config": ("configuring", "app", "Show what a config comes to, and where each value came from."),

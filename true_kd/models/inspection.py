@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from safetensors import SafetensorError, safe_open
 
 from true_kd.models.stand_in import TEXT_FILES, TOKENIZERS
@@ -271,6 +272,32 @@ def check_weights(folder: Path) -> None:
             raise ValueError(f"{path.name}: {error}") from error
     config = read_json(folder / "config.json")
     check_numbers(config if isinstance(config, Mapping) else {}, shapes)
+
+
+CARD = "README.md"
+"""A model's card, which says what the model was made from, and under what terms it stands."""
+_LONGEST_CARD = 2**20
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def read_card(folder: Path) -> Mapping[str, Any]:
+    """The front matter of the card in a model's folder; empty where there is none that can be read."""
+    try:
+        if plain_size(folder / CARD) > _LONGEST_CARD:
+            return {}
+        opening = re.match(r"\s*---\s*\n(.*?)\n---", (folder / CARD).read_text(encoding="utf-8"), re.DOTALL)
+        facts = yaml.safe_load(opening[1]) if opening else None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def card_base(folder: Path) -> str | None:
+    """The hub id that a model's card names as the one model it was made from; None where it names none, or several."""
+    named = read_card(folder).get("base_model")
+    if isinstance(named, list) and len(named) == 1:
+        named = named[0]
+    return named if isinstance(named, str) and _HUB_ID.fullmatch(named) else None
 
 
 def is_hub_blob(path: Path) -> bool:

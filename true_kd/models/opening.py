@@ -26,6 +26,7 @@ from true_kd.backend import device_name
 from true_kd.errors import ModelError, TrueKDError
 from true_kd.files import digest_file, digest_json, expand
 from true_kd.models.inspection import (
+    CARD,
     check_configs,
     check_folder,
     check_weights,
@@ -127,8 +128,8 @@ def _from_hub(options: ModelOptions, seam: str, download: bool) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
-    # Under what terms it stands, for whoever shares what is made from it.
-    patterns += ["README.md", "LICENSE*"]
+    # What it was made from and under what terms it stands, for whoever shares what is made from it.
+    patterns += [CARD, "LICENSE*"]
     try:
         folder = Path(
             snapshot_download(
@@ -411,6 +412,15 @@ def open_skeleton(options: ModelOptions, seam: str, as_stored: bool = False) -> 
     """
     describe(options, seam)
     return _load(options, seam, lazy=True, on_cpu=device_name() == "cpu" and not as_stored)
+
+
+def open_stored(options: ModelOptions, seam: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A model as it is stored, of which weights are read where they are needed, and its config as mlx-lm has it."""
+    folder = describe(options, seam).path
+    with _loading(options, seam):
+        check_configs(folder)
+        check_weights(folder)
+        return _mlx_lm_utils().load_model(folder, lazy=True, trust_remote_code=False)
 
 
 @contextlib.contextmanager

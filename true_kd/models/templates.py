@@ -62,9 +62,8 @@ def apply_template(
     TemplateStopped
         when it computes, stores or writes too much.
     """
-    inner = tokenizer._tokenizer
     given = None if tools is None else list(tools)
-    if _is_in_python(tokenizer):
+    if is_coded(tokenizer):
         more = {"date_string": date, **(variables or {})}
         try:
             return list(
@@ -74,28 +73,48 @@ def apply_template(
             )
         except (TypeError, ValueError, KeyError) as error:
             raise TemplateRefusal(str(error)) from error
+    text = template_text(
+        tokenizer, messages, given, date, add_generation_prompt=add_generation_prompt, variables=variables
+    )
+    return list(tokenizer._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def is_coded(tokenizer: Any) -> bool:
+    """Whether the chat template of mlx-lm's tokenizer is code of a library, and none of the model's maker."""
+    from transformers import PreTrainedTokenizerBase
+
+    return tokenizer._chat_template is not None or (
+        type(tokenizer._tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
+    )
+
+
+def template_text(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+    date: str,
+    *,
+    add_generation_prompt: bool,
+    variables: Mapping[str, Any] | None = None,
+) -> str:
+    """The text of a conversation by a tokenizer's own chat template, where one is written for it.
+
+    Raises as `apply_template` does; also where there is none.
+    """
+    inner = tokenizer._tokenizer
     try:
-        template = inner.get_chat_template(None, given)
+        template = inner.get_chat_template(None, tools)
     except ValueError as error:
         raise TemplateRefusal(str(error)) from error
     known = {**inner.special_tokens_map, "enable_thinking": tokenizer.has_thinking, "date_string": date}
-    text = render_template(
-        template, messages, given, {**known, **(variables or {})}, add_generation_prompt=add_generation_prompt
+    return render_template(
+        template, messages, tools, {**known, **(variables or {})}, add_generation_prompt=add_generation_prompt
     )
-    return list(inner(text, add_special_tokens=False)["input_ids"])
-
-
-def _is_in_python(tokenizer: Any) -> bool:
-    """Whether the template was written by mlx-lm or transformers, and not by whoever made the model."""
-    from transformers import PreTrainedTokenizerBase
-
-    own = PreTrainedTokenizerBase.apply_chat_template
-    return tokenizer._chat_template is not None or type(tokenizer._tokenizer).apply_chat_template is not own
 
 
 def bind_template(tokenizer: Any, date: str) -> None:
     """Have mlx-lm's own code render this tokenizer's template as `apply_template` does, within its limits."""
-    if _is_in_python(tokenizer):
+    if is_coded(tokenizer):
         return
 
     def apply(

@@ -10,12 +10,10 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from true_kd import pocket
 from true_kd.finding import is_public
+from true_kd.models import read_card
 
 
 @dataclass(frozen=True)
@@ -202,7 +200,7 @@ _TEXTS: tuple[tuple[str, str], ...] = (
 """How the texts of licences begin."""
 
 _MOST = 2**17
-"""Characters of a card, or bytes of a licence, that are looked at."""
+"""Bytes of a licence that are looked at."""
 
 
 @dataclass(frozen=True)
@@ -240,7 +238,7 @@ def find_licence(model: str, folder: Path | None) -> FoundLicence:
     """
     if model.startswith(pocket.PREFIX):
         return FoundLicence("apache-2.0", "part of true-kd")
-    card = _read_card(folder / "README.md") if folder is not None else {}
+    card = read_card(folder) if folder is not None else {}
     named = card.get("license")
     named = named[0] if isinstance(named, list) and named else named
     if named == "other" or not isinstance(named, str):
@@ -280,20 +278,6 @@ def _by_text(path: Path) -> str | None:
     except OSError:
         return None
     return next((licence for pattern, licence in _TEXTS if re.search(pattern, opening)), None)
-
-
-def _read_card(path: Path) -> Mapping[str, Any]:
-    """The front matter of a model card; empty where there is none that can be read."""
-    try:
-        if not path.is_file():
-            return {}
-        with path.open(encoding="utf-8") as file:
-            head = file.read(_MOST)
-        found = re.match(r"\s*---\s*\n(.*?)\n---", head, flags=re.DOTALL)
-        card = yaml.safe_load(found[1]) if found else None
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
-        return {}
-    return card if isinstance(card, dict) else {}
 
 
 def warnings(teacher: FoundLicence, student: FoundLicence, repo: str, own: str | None = None) -> list[str]:
