@@ -27,7 +27,7 @@ FLOORS = (
     ("pipeline", "console", "doctor"),
     ("student", "probing"),
     ("arms", "teacher", "report"),
-    ("datasets", "comparing", "status"),
+    ("datasets", "comparing", "status", "tracking"),
     ("events", "jobs", "checkpoints", "finding"),
     ("config", "reporting", "ranking"),
     ("proof",),

@@ -146,7 +146,8 @@ def _announce(job: Job, data: DomainData, start: Start) -> Generator[events.Even
         yield events.CheckpointsDamaged(job.label, start.damaged, start.made)
     elif not (start.made or job.config.fresh) and (others := adapters.checkpoints(job.folder)):
         yield events.CheckpointsReplaced(job.label, max(others))
-    yield events.TrainingStarted(job.label, job.config.training.iters, data.counts, start.made)
+    iters, digest = job.config.training.iters, job.run_digest
+    yield events.TrainingStarted(job.label, iters, data.counts, start.made, job.config, digest)
 
 
 def _measure_base(job: Job, student: LanguageModel, data: DomainData) -> _Base:

@@ -30,6 +30,7 @@ Teacher = Annotated[str | None, flag("teacher", "--teacher")]
 Student = Annotated[str | None, flag("student", "--student")]
 Prompts = Annotated[str | None, flag("prompts", "--prompts")]
 Out = Annotated[str | None, flag("out", "--out")]
+ReportTo = Annotated[list[str] | None, flag("report_to", "--report-to")]
 Fresh = Annotated[bool, typer.Option("--fresh", help=describe_key(("fresh",)))]
 
 

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from true_kd.cli.flags import AsJson
+from true_kd.cli.output import say_json
 from true_kd.errors import InputError
 from true_kd.suggest import printable, quote
 
@@ -29,10 +31,13 @@ def init(
     return 0
 
 
-def doctor() -> int:
+def doctor(as_json: AsJson = False) -> int:
     """Show versions, device and BLAS: what to paste into an issue."""
     from true_kd.doctor import describe_machine
 
+    if as_json:
+        say_json(describe_machine())
+        return 0
     for name, value in describe_machine().items():
         typer.echo(f"{name:<14}{value}")
     return 0

@@ -157,7 +157,7 @@ def _domain(domain: DomainStatus) -> str:
         case "finished":
             return f"finished {domain.finished_at}. {domain.says or ''}".rstrip()
         case "failed":
-            return f"failed{steps}: {domain.says}"
+            return f"failed{steps}{f': {domain.says}' if domain.says else ''}"
         case "stopped":
             onward = f"goes on from {domain.checkpoint}" if domain.checkpoint else "no checkpoint: begins anew"
             return f"stopped{steps}; {onward}"

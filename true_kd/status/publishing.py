@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from true_kd import events
 from true_kd.files import TEMPORARY, write_fleeting
-from true_kd.jobs import Job
+from true_kd.jobs import Job, parse_label
 from true_kd.reporting import now
 from true_kd.status.pace import Outlook, Pace
 from true_kd.status.records import FILE, Progress, Stage
@@ -51,8 +51,6 @@ class _Teller:
     def __init__(self, out: Path, jobs: Sequence[Job]) -> None:
         self._path = out / FILE
         self._names = [job.domain for job in jobs]
-        self._arms = {job.label: (job.domain, False) for job in jobs}
-        self._arms |= {job.control().label: (job.domain, True) for job in jobs}
         self._outlook = Outlook(
             {job.domain: (job.config.training.iters,) * (1 + (job.config.control != "none")) for job in jobs}
         )
@@ -82,7 +80,7 @@ class _Teller:
             case events.TeacherFreed():
                 self._begin("student_opening")
             case events.TrainingStarted():
-                domain, is_control = self._arms[event.domain]
+                domain, is_control = parse_label(event.domain)
                 self._begin("control" if is_control else "training", domain)
                 self._iters = event.iters
                 self._outlook.start(is_control)
@@ -96,7 +94,7 @@ class _Teller:
             case events.Validated(_, validation):
                 self._now["validation_loss"] = validation.metrics.loss
             case events.Proving(label, _):
-                self._begin("proving", self._arms[label][0])
+                self._begin("proving", parse_label(label)[0])
             case events.DomainFinished(result):
                 self._end(result.domain, self._finished)
             case events.Evaluated(domain, _, _):

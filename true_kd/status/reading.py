@@ -75,7 +75,7 @@ def _domain(folder: Path, why: str | None, progress: Progress | None) -> DomainS
         state = "running"
     elif progress is not None and folder.name in progress.waiting and finished_at is None and not steps:
         state = "waiting"
-    elif why is not None:
+    elif why is not None or (progress is not None and folder.name in progress.failed):
         state, says = "failed", why
     elif finished_at is not None:
         state, checkpoint = "finished", None
