@@ -1,4 +1,4 @@
-"""Writes what follows from the records of kd_summary.json: its JSON schema, and the page that explains every field.
+"""Writes what follows from the records in the code: the JSON schemas of what scripts read, and the page of kd_summary.
 
 python scripts/write_schema.py            # tests/test_summary.py compares them with the records
 """
@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import true_kd
-from true_kd.reporting import schema
+from true_kd.reporting import line_schema, schema
+from true_kd.status import status_schema
 
 PACKAGE = Path(true_kd.__file__).parent
 SCHEMA = PACKAGE / "schemas" / "kd_summary.schema.json"
+LINES = PACKAGE / "schemas" / "metrics_line.schema.json"
+STATUS = PACKAGE / "schemas" / "status.schema.json"
 PAGE = PACKAGE / "docs" / "kd_summary.md"
 
 _OPENING = """# kd_summary.json, field by field
@@ -84,7 +87,10 @@ def _names(part: Mapping[str, Any]) -> list[str]:
 def texts() -> dict[Path, str]:
     """The files and what is to be in them."""
     found = schema()
-    return {SCHEMA: json.dumps(found, indent=2, ensure_ascii=False) + "\n", PAGE: page(found)}
+    schemas = {SCHEMA: found, LINES: line_schema(), STATUS: status_schema()}
+    return {path: json.dumps(each, indent=2, ensure_ascii=False) + "\n" for path, each in schemas.items()} | {
+        PAGE: page(found)
+    }
 
 
 if __name__ == "__main__":
