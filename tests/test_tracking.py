@@ -370,7 +370,7 @@ def test_wandb_stays_offline_and_tells_nothing_of_its_user(
     written = contents(folder, "*.wandb")
     for name in (b"train/loss", b"control/train/loss", b"proof/adapted_kl", b"losses.temperature"):
         assert name in written, name
-    for secret in (*SECRETS, str(offline), os.uname().nodename + "\n"):
+    for secret in (*SECRETS, str(offline)):
         assert secret.encode() not in written, secret
 
 

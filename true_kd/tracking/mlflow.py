@@ -29,6 +29,7 @@ def start(run: Run) -> Tracker:
     place = client.create_experiment(name) if experiment is None else experiment.experiment_id
     earlier = client.search_runs([place], f"tags.`{_ID}` = '{run.id}'", max_results=1) if run.made else []
     if earlier:
+        client.update_run(earlier[0].info.run_id, status="RUNNING")
         return _MLflow(client, earlier[0].info.run_id)
     began = client.create_run(place, run_name=run.name, tags={_ID: run.id}).info.run_id
     for setting, value in run.settings.items():

@@ -20,7 +20,10 @@ def start(run: Run) -> Tracker:
     folder = run.folder / FOLDER
     if folder.is_symlink():
         raise OSError(f"{FOLDER} is a link, expected a folder of its own")
-    writer = SummaryWriter(str(folder), purge_step=run.made + 1 if run.made else 0, flush_secs=_FLUSH)
+    # The names of files tell seconds alone.
+    suffix = f".{run.made}"
+    purged = run.made + 1 if run.made else 0
+    writer = SummaryWriter(str(folder), purge_step=purged, flush_secs=_FLUSH, filename_suffix=suffix)
     table = ["| setting | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in run.settings.items())]
     writer.add_text("settings", "\n".join(table), run.made)
     return _TensorBoard(writer)
