@@ -72,7 +72,7 @@ def _watch(folder: Path, as_json: bool) -> None:
             elif console.is_terminal:
                 console.clear()
                 _show(found)
-            else:
+            elif told is None or told.running is None or _line(told.running) != _line(found.running):
                 typer.echo(printable(_line(found.running)))
             told = found
         if found.running is None:

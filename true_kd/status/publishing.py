@@ -77,7 +77,7 @@ class _Teller:
                 self._pace.mark(progress.done)
                 speed = progress.tokens / progress.seconds if progress.tokens and progress.seconds else None
                 self._now |= {"done": progress.done, "total": progress.total, "tokens_per_second": speed}
-            case events.TeacherFreed():
+            case events.TeacherFreed() | events.CaptureReused():
                 self._begin("student_opening")
             case events.TrainingStarted():
                 domain, is_control = parse_label(event.domain)
