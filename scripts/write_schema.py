@@ -1,5 +1,5 @@
-"""Writes what follows from the records of kd_summary.json and from the options classes of a config: the JSON schema of
-each, the page that explains every field of the one, and the table of every key of the other.
+"""Writes what follows from the classes in the code: the JSON schemas of what scripts read and of a config, the page of
+every field of kd_summary.json, and the table of every key of a config.
 
 python scripts/write_schema.py   # tests/test_summary.py and tests/test_config_schema.py compare them with the classes
 """
@@ -13,10 +13,13 @@ from typing import Any
 
 import true_kd
 from true_kd import config_schema, layout
-from true_kd.reporting import schema
+from true_kd.reporting import line_schema, schema
+from true_kd.status import status_schema
 
 PACKAGE = Path(true_kd.__file__).parent
 SCHEMA = PACKAGE / "schemas" / "kd_summary.schema.json"
+LINES = PACKAGE / "schemas" / "metrics_line.schema.json"
+STATUS = PACKAGE / "schemas" / "status.schema.json"
 PAGE = PACKAGE / "docs" / "kd_summary.md"
 CONFIG_SCHEMA = PACKAGE / "schemas" / layout.CONFIG_SCHEMA
 CONFIG_PAGE = PACKAGE / "docs" / "configs.md"
@@ -126,11 +129,10 @@ _BOUNDS = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exc
 def texts() -> dict[Path, str]:
     """The files and what is to be in them."""
     found, config = schema(), config_schema.schema()
+    schemas = {SCHEMA: found, LINES: line_schema(), STATUS: status_schema(), CONFIG_SCHEMA: config}
     by_hand = CONFIG_PAGE.read_text(encoding="utf-8").partition(KEYS)[0]
-    return {
-        SCHEMA: json.dumps(found, indent=2, ensure_ascii=False) + "\n",
+    return {path: json.dumps(each, indent=2, ensure_ascii=False) + "\n" for path, each in schemas.items()} | {
         PAGE: page(found),
-        CONFIG_SCHEMA: json.dumps(config, indent=2, ensure_ascii=False) + "\n",
         CONFIG_PAGE: f"{by_hand}{KEYS}\n{config_keys(config)}",
     }
 

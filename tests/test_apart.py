@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_pipeline import ASK, Place, files_of
+from test_pipeline import ASK, TIMED, Place, files_of, steady_lines
 
 from true_kd import events
 from true_kd.errors import CacheError, EnvironmentProblem, LockedError, TrueKDError
@@ -340,7 +340,8 @@ def assert_whole(place: Place, whole: Place) -> None:
         found, expected = files_of(place.out / domain), files_of(whole.out / domain)
         assert found.keys() == expected.keys()
         for name, content in expected.items():
-            assert content == found[name] or name in ("kd_metrics.json", "run.json"), name
+            assert content == found[name] or name in TIMED, name
+        assert steady_lines(found["metrics.jsonl"]) == steady_lines(expected["metrics.jsonl"])
 
 
 @linux

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import save_random_model
 from test_checkpoints import KILLED_BEFORE, spawn
-from test_pipeline import EXACT, SCORED, SLACK, WEIGHTS, Place, Run, active_memory, files_of, plan_of, size_of
+from test_pipeline import EXACT, SCORED, SLACK, TIMED, WEIGHTS, Place, Run, active_memory, files_of, plan_of, size_of
 
 from true_kd import events
 from true_kd.adapters import CONTROL, load_adapter
@@ -27,7 +27,6 @@ from true_kd.pipeline import distill
 from true_kd.reporting import KDResult, read_result
 
 LABEL = "a (SFT control)"
-TIMED = ("kd_metrics.json", "run.json")
 
 
 @pytest.fixture
@@ -176,8 +175,7 @@ def test_a_control_has_the_files_of_a_domain(whole: tuple[Place, Run]) -> None:
     assert {path.name for path in folder.iterdir()} == {
         WEIGHTS,
         "adapter_config.json",
-        "kd_metrics.json",
-        "run.json",
+        *TIMED,
         "checkpoint_2",
         "checkpoint_4",
     }

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_pipeline import SCORED, WEIGHTS, Place, files_of, plan_of
+from test_pipeline import SCORED, TIMED, WEIGHTS, Place, files_of, plan_of, steady_lines
 
 from true_kd import events, stopping
 from true_kd.adapters import checkpoints, load_adapter, save_adapter
@@ -35,7 +35,7 @@ from true_kd.training import train
 
 STEADY = {"iters": 12, "validate_every": 3, "checkpoint_every": 4, "learning_rate": 0.01}
 CONFIG = "adapter_config.json"
-ROOT_FILES = {WEIGHTS, CONFIG, "kd_metrics.json", "run.json"}
+ROOT_FILES = {WEIGHTS, CONFIG, *TIMED}
 
 
 def lay_out(root: Path, teacher: Path, student: Path) -> Place:
@@ -90,7 +90,7 @@ class Whole:
         found = files_of(place.out / "a")
         assert found.keys() == self.files.keys()
         for name, content in found.items():
-            if name not in ("kd_metrics.json", "run.json"):
+            if name not in TIMED:
                 assert content == self.files[name], name
         assert repeatable(found) == repeatable(self.files)
 
@@ -100,7 +100,8 @@ def repeatable(files: Mapping[str, bytes]) -> dict[str, Any]:
     record = json.loads(files["kd_metrics.json"])
     timed = {"seconds", "finished_at", "adapter_path", "capture_peak_memory", "training_peak_memory"}
     kept = {name: value for name, value in record["result"].items() if name not in timed}
-    return {"curves": record["curves"], "sha256": record["sha256"], **without_places(kept)}
+    lines = steady_lines(files["metrics.jsonl"])
+    return {"curves": record["curves"], "lines": lines, "sha256": record["sha256"], **without_places(kept)}
 
 
 def without_places(record: Any) -> Any:
@@ -256,7 +257,7 @@ def test_a_run_that_is_stopped_before_any_of_its_files_appears_ends_as_if_it_had
         found = files_of(place.out / "a")
         assert found.keys() == files_of(expected.out / "a").keys()
         for name, content in files_of(expected.out / "a").items():
-            assert content == found[name] or name in ("kd_metrics.json", "run.json"), (count, name)
+            assert content == found[name] or name in TIMED, (count, name)
         assert repeatable(found) == repeatable(files_of(expected.out / "a"))
     assert count > 10
 
@@ -415,7 +416,7 @@ def test_a_run_that_a_signal_stops_anywhere_in_our_code_ends_as_if_it_had_not_be
         found = files_of(place.out / "a")
         assert found.keys() == files.keys(), count
         for name, content in files.items():
-            assert content == found[name] or name in ("kd_metrics.json", "run.json"), (count, name)
+            assert content == found[name] or name in TIMED, (count, name)
         assert repeatable(found) == repeatable(files), count
     assert reached == {0, 1, 2, 3}
 

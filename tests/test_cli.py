@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
+from test_pipeline import TIMED
 
 from true_kd import cli as command_line
 from true_kd import pocket
@@ -29,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 COMMANDS = (
     *("distill", "capture", "demo", "evaluate", "analyze", "sweep"),
     *("report", "compare", "chat", "generate", "cache", "plan", "init", "domains", "config", "validate", "doctor"),
-    *("serve", "push", "export"),
+    *("serve", "push", "export", "status"),
 )
 DOMAINS = ("action", "debug", "memory", "reflection", "task", "thinking")
 PROMPTS = "".join(f"the cat number {number} sat on the mat\n" for number in range(6))
@@ -623,7 +624,7 @@ def test_a_run_leaves_adapters_and_a_summary(done: SimpleNamespace) -> None:
     out = done.folder / "adapters_kd"
     for domain in ("cats", "dogs"):
         names = {path.name for path in (out / domain).iterdir() if path.is_file()}
-        assert names == {"adapters.safetensors", "adapter_config.json", "kd_metrics.json", "run.json"}
+        assert names == {"adapters.safetensors", "adapter_config.json", *TIMED}
     assert set(json.loads((out / "kd_summary.json").read_text())["domains"]) == {"cats", "dogs"}
     assert (out / "report.html").is_file()
 

@@ -1,179 +1,155 @@
-"""What commands print fits 60 columns, whole, and no escape code goes where nothing understands it."""
+"""`--json`: each command with a result prints one JSON document on stdout, and everything else on stderr."""
 
 from __future__ import annotations
 
-import importlib
-import io
 import json
-import os
-import pty
-import re
-import sys
-import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jsonschema
 import pytest
-import typer
-from test_cli import lay_out
+from test_pipeline import Place
 
-from true_kd.__main__ import main
-from true_kd.cli import COMMANDS
+from true_kd import cli as command_line
+from true_kd.cli.output import say_json
 
-COLUMNS = 60
-DUMB = {"TERM": "dumb"}
-NO_COLOR = {"TERM": "xterm-256color", "NO_COLOR": "1"}
-WHERE = {"a pipe": None, "NO_COLOR": NO_COLOR, "a dumb terminal": DUMB}
-"""Where output goes, and the environment of a terminal there."""
+PACKAGE = Path(command_line.__file__).parents[1]
+SCHEMAS = PACKAGE / "schemas"
+DISTILL = ("distill", "--config", "base.yaml", "-d", "a")
 
-
-@dataclass(frozen=True)
-class Printed:
-    """What a command printed, stdout and stderr together, and how it ended."""
-
-    code: int
-    text: str
-
-
-def in_pipe(*arguments: str) -> Printed:
-    """A command whose output is no terminal's."""
-    stream = io.StringIO()
-    return Printed(_call(stream, {}, arguments), stream.getvalue())
-
-
-def on_terminal(environment: dict[str, str], *arguments: str) -> Printed:
-    """A command on a terminal of its own."""
-    far, near = pty.openpty()
-    found: list[bytes] = []
-
-    def read() -> None:
-        while True:
-            try:
-                found.append(os.read(far, 2**16))
-            except OSError:  # Linux's end of a terminal
-                return
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    with os.fdopen(near, "w", encoding="utf-8") as stream:
-        assert stream.isatty()
-        code = _call(stream, environment, arguments)
-    reader.join()
-    os.close(far)
-    return Printed(code, b"".join(found).decode().replace("\r\n", "\n"))
-
-
-def _call(stream: io.TextIOBase, environment: dict[str, str], arguments: tuple[str, ...]) -> int:
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "NO_COLOR"):
-            patch.delenv(name, raising=False)
-        for name, value in {"COLUMNS": str(COLUMNS), "TRANSFORMERS_VERBOSITY": "error", **environment}.items():
-            patch.setenv(name, value)
-        patch.setattr(sys, "argv", ["true-kd", *arguments])
-        patch.setattr(sys, "stdout", stream)
-        patch.setattr(sys, "stderr", stream)
-        with pytest.raises(SystemExit) as stop:
-            main()
-    return stop.value.code
-
-
-def printed(where: str, *arguments: str) -> Printed:
-    """A command's output at one of the places of `WHERE`."""
-    environment = WHERE[where]
-    return in_pipe(*arguments) if environment is None else on_terminal(environment, *arguments)
-
-
-def commands() -> Iterator[tuple[str, ...]]:
-    """Every command, and every command below it."""
-    yield ()
-    for name, (module, function, _) in COMMANDS.items():
-        yield (name,)
-        found = getattr(importlib.import_module(f"true_kd.cli.{module}"), function)
-        if isinstance(found, typer.Typer):
-            yield from ((name, each.name or each.callback.__name__) for each in found.registered_commands)
-
-
-@pytest.mark.parametrize("command", list(commands()), ids=" ".join)
-def test_help_fits_and_leaves_nothing_out(command: tuple[str, ...]) -> None:
-    shown = in_pipe(*command, "--help")
-    assert shown.code == 0
-    assert "\x1b" not in shown.text
-    assert [line for line in shown.text.splitlines() if len(line) > COLUMNS] == []
-    # "[ARGS]..." and "--set KEY..." stand for more to write; three dots behind a word or a comma are a text cut off.
-    assert not re.search(r"[\w,]\.\.\.$|…", shown.text, flags=re.MULTILINE)
-    assert on_terminal(DUMB, *command, "--help") == shown
-    assert on_terminal(NO_COLOR, *command, "--help") == shown
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "distill": DISTILL,
+    "capture": ("capture", "--config", "base.yaml", "-d", "a"),
+    "sweep": ("sweep", "--config", "base.yaml", "-d", "a", "--alpha", "0.5,1", "--iters", "1"),
+    "evaluate": ("evaluate", "--config", "base.yaml", "-d", "a"),
+    "analyze": ("analyze", "--config", "base.yaml", "-d", "a"),
+    "report": ("report", "out", "--no-html"),
+    "status": ("status", "--out", "out"),
+    "compare": ("compare", "hi", "--config", "base.yaml", "-d", "a", "--max-tokens", "2"),
+    "generate": ("generate", "hi", "--config", "base.yaml", "-d", "a", "--max-tokens", "2"),
+    "doctor": ("doctor",),
+    "cache ls": ("cache", "ls", "--cache", "cache"),
+    "cache info": ("cache", "info", "KEY", "--cache", "cache"),
+    "cache verify": ("cache", "verify", "--cache", "cache"),
+    "cache export": ("cache", "export", "KEY", "exported", "--cache", "cache"),
+    "cache import": ("cache", "import", "lent", "--cache", "elsewhere"),
+    "cache prune": ("cache", "prune", "KEY", "--cache", "cache"),
+}
+"""A call of each command, ready but for --json."""
+OTHERS = {"demo", "chat", "init"}
+"""`demo` is distill with a config of its own; of the others nothing is left to read."""
 
 
 @pytest.fixture(scope="module")
-def distilled(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, student_folder: Path, cli) -> Path:
-    """A project of cats, which are finished, and a domain of a long name that is not."""
-    folder = lay_out(tmp_path_factory.mktemp("run") / "project", teacher_folder, student_folder)
-    (folder / "prompts" / "dogs").rename(folder / "prompts" / ("the-longest-of-names-" * 3)[:64])
-    (folder / "configs" / "cats.yaml").write_text("seed: 0\n")
+def made(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, student_folder: Path, cli) -> Path:
+    """A folder in which `a` is distilled, whose prompts are not ASCII, and one of whose caches is lent."""
+    root = tmp_path_factory.mktemp("scripts")
+    place = Place(root, teacher_folder, student_folder)
+    place.config |= {"prompts": "prompts", "out": "out", "cache": "cache"}
+    place.write("a", [f"grüß die Katze {count} \x9b31m" for count in range(5)])
+    (root / "base.yaml").write_text(json.dumps(place.config))
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert cli("distill", "-d", "cats").code == 0
-    return folder
+        patch.chdir(root)
+        assert cli(*DISTILL).code == 0
+        [key] = [path.name for path in (root / "cache").iterdir() if path.is_dir()]
+        assert cli("cache", "export", key, "lent", "--cache", "cache").code == 0
+    return root
 
 
-FITTING = ("domains", "report", "config show", "config show -d cats", "cache")
-"""Whose lines are laid out for the terminal."""
-FLOWING = (
-    *("doctor", "config diff cats", "config diff cats adapters_kd/cats", "config schema", "init --domain new"),
-    *("cache ls", "cache info", "cache verify", "generate -d cats hello -m 2", "compare hi -d cats -m 2"),
-)
-"""Whose lines are text and paths, which a terminal may wrap."""
-REFUSED = (
-    *("distill -d cat", "domains --config nowhere.yaml", "config show --set lora.rnk=2", "report nowhere", "nothing"),
-)
-ANIMATED = ("cache info", "cache verify", "compare hi -d cats -m 2")
-"""Which show on stderr that they work, where there is a terminal that can."""
+@pytest.fixture
+def called(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Any]) -> Callable[..., Any]:
+    """Calls the command line in a copy of that folder; KEY stands for the cache there."""
+    shutil.copytree(made, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    [key] = [path.name for path in Path("cache").iterdir() if path.is_dir()]
+
+    def call(*arguments: str) -> Any:
+        return cli(*(key if argument == "KEY" else argument for argument in arguments))
+
+    return call
 
 
-@pytest.mark.parametrize("where", WHERE)
-@pytest.mark.parametrize("command", [*FITTING, *FLOWING, *REFUSED])
-def test_no_escape_code_and_nothing_cut(
-    command: str, where: str, distilled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_every_command_is_looked_at() -> None:
+    every = {name.partition(" ")[0] for name in COMMANDS} | OTHERS
+    assert every >= set(command_line.COMMANDS) - elsewhere()
+
+
+def elsewhere() -> set[str]:
+    """Commands whose JSON has tests beside those of what they do."""
+    return {name for name in command_line.COMMANDS if (Path(__file__).parent / f"test_{name}.py").exists()}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_stdout_is_one_document_of_ascii(name: str, called: Callable[..., Any]) -> None:
+    ended = called(*COMMANDS[name], "--json")
+    assert ended.code == 0, ended.err
+    found = json.loads(ended.out)
+    assert found is not None
+    assert ended.out.isascii()
+    assert "\x1b" not in ended.out + ended.err
+    if name in ("distill", "status"):
+        jsonschema.validate(
+            found,
+            json.loads(
+                (SCHEMAS / {"distill": "kd_summary", "status": "status"}[name]).with_suffix(".schema.json").read_text()
+            ),
+        )
+
+
+def test_what_distill_prints_is_the_summary_also_where_a_domain_failed(called: Callable[..., Any]) -> None:
+    Path("prompts/b").mkdir()
+    Path("prompts/b/train.jsonl").write_text("{")
+    ended = called(*DISTILL, "-d", "b", "--json")
+    assert ended.code == 2
+    assert json.loads(ended.out) == json.loads(Path("out/kd_summary.json").read_text())
+    assert set(json.loads(ended.out)["failed"]) == {"b"}
+    assert "b: failed. " in ended.err
+
+
+def test_capture_counts_what_is_in_the_cache(called: Callable[..., Any]) -> None:
+    found = json.loads(called(*COMMANDS["capture"], "--json").out)
+    assert set(found) == {"domains", "failed", "seconds"}
+    assert set(found["domains"]["a"]) == {"domain", "replies", "tokens", "cache_bytes", "bytes_per_token", "folder"}
+    assert found["domains"]["a"]["replies"] == 7
+
+
+@pytest.mark.parametrize("name", sorted({"distill", "capture", "sweep", "evaluate", "analyze", "report", "cache info"}))
+def test_a_mistake_is_one_line_on_stderr_and_nothing_on_stdout(name: str, called: Callable[..., Any]) -> None:
+    wrong = {"a": "no-such-domain", "out": "nowhere", "KEY": "ffff"}
+    ended = called(*(wrong.get(argument, argument) for argument in COMMANDS[name]), "--json")
+    assert (ended.code, ended.out, len(ended.err.splitlines())) == (2, "", 1), ended
+
+
+def test_prune_tells_what_would_go_and_what_went(called: Callable[..., Any]) -> None:
+    told = json.loads(called(*COMMANDS["cache prune"], "--json").out)
+    assert (told["removed"], len(told["caches"])) == (False, 1)
+    gone = json.loads(called(*COMMANDS["cache prune"], "--yes", "--json").out)
+    assert {**gone, "removed": False} == told
+    assert json.loads(called("cache", "ls", "--cache", "cache", "--json").out) == []
+
+
+def test_a_document_is_the_same_in_any_locale_and_has_no_power_over_a_terminal(
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.chdir(distilled)
-    monkeypatch.setenv("TRUE_KD_CACHE", str(distilled / "cache"))
-    arguments = command.split()
-    if arguments[0] == "init":
-        arguments.insert(1, str(tmp_path / "project"))
-    if command == "cache info":
-        arguments.append(json.loads(in_pipe("cache", "ls", "--json").text)[0]["key"])
-    shown = printed(where, *arguments)
-    assert shown.code == (2 if command in REFUSED else 0), shown.text
-    assert shown.text.endswith("\n")
-    if command in ANIMATED and where == "NO_COLOR":
-        assert not re.search(r"\x1b\[[0-9;]*m", shown.text)
-    else:
-        assert "\x1b" not in shown.text
-    assert "…" not in shown.text
-    if command in FITTING and where != "a pipe":
-        # A name of 64 letters or a path is wider by itself.
-        assert [line for line in shown.text.splitlines() if len(line) > COLUMNS and " " in line.strip()] == []
+    value = {"text": "grüß \x1b[31m \x9b \ud800 \u2028 猫"}
+    say_json(value)
+    out = capsys.readouterr().out
+    assert out.isascii()
+    assert all(letter.isprintable() or letter == "\n" for letter in out)
+    assert json.loads(out) == value
 
 
-def test_a_narrow_terminal_shows_every_row_and_every_figure(distilled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(distilled)
-    found = json.loads(in_pipe("domains", "--json").text)["domains"]
-    shown = on_terminal(NO_COLOR, "domains").text
-    assert len(found) == 2
-    for domain in found:
-        assert domain["domain"] in shown
-        assert str(domain["train"]) in shown
+def test_no_number_is_written_that_json_has_not(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        say_json({"loss": float("nan")})
+    assert capsys.readouterr().out == ""
 
 
-def test_a_narrow_show_is_the_same_config_as_a_wide_one(distilled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from true_kd.config import load_config
-
-    monkeypatch.chdir(distilled)
-    texts = {where: printed(where, "config", "show").text for where in WHERE}
-    for where, text in texts.items():
-        file = distilled / f"{where.replace(' ', '-')}.conf"
-        file.write_text(text)
-        assert load_config(file, None, []) == load_config(None, None, [])
-        assert text.count("# ") == texts["a pipe"].count("# ")
+def test_the_page_for_scripts_names_every_command_and_schema() -> None:
+    page = (PACKAGE / "docs" / "scripting.md").read_text(encoding="utf-8")
+    for name in (*COMMANDS, "demo"):
+        assert f"`{name}`" in page, name
+    for path in SCHEMAS.iterdir():
+        assert f"(../schemas/{path.name})" in page or path.name in COMMANDS, path.name

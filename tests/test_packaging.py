@@ -18,6 +18,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from true_kd.tracking import TRACKERS
+
 ROOT = Path(__file__).parents[1]
 DOMAINS = ("action", "debug", "memory", "reflection", "task", "thinking")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -150,6 +152,21 @@ def test_init_of_the_installed_package_lays_out_a_project_that_runs(unpacked: Pa
 # Dependencies.
 
 
+OPTIONAL = {Requirement(text).name for tracker in TRACKERS for text in LISTS[tracker]}
+
+
+def distributed(name: str) -> bool:
+    """Whether a package is installed."""
+    return any(name in owners for owners in packages_distributions().values())
+
+
+def test_each_tracker_is_an_extra_and_none_is_a_dependency() -> None:
+    named = {Requirement(text).name for text in LISTS["dependencies"]}
+    assert not OPTIONAL & named
+    for tracker, (module, _) in TRACKERS.items():
+        assert any(Requirement(text).name.startswith(module) for text in LISTS[tracker]), tracker
+
+
 @pytest.mark.parametrize("requirement", REQUIREMENTS, ids=str)
 def test_each_dependency_has_a_lower_bound_that_is_met_here(requirement: Requirement) -> None:
     if requirement.name in ("true-kd", "ruff"):  # the linter is installed by `make lint`
@@ -158,6 +175,8 @@ def test_each_dependency_has_a_lower_bound_that_is_met_here(requirement: Require
     assert [rule.operator for rule in requirement.specifier] == [">="]
     if requirement in PARITY and find_spec(requirement.name.replace("-python", "").replace("-", "_")) is None:
         pytest.skip("an extra of gigabytes, or compiled: what needs it skips itself")
+    if requirement.name in OPTIONAL and not distributed(requirement.name):
+        pytest.skip("an extra that is not installed")
     assert version(requirement.name) in requirement.specifier
 
 
@@ -180,6 +199,8 @@ def test_this_python_and_all_that_are_listed_are_supported() -> None:
 
 def test_every_import_is_a_declared_dependency() -> None:
     declared = {Requirement(text).name.replace("_", "-") for text in LISTS["dependencies"]}
+    # Each tracker's own module imports its package, when its user names it.
+    declared |= {module.lower() for module, _ in TRACKERS.values()}
     owners = packages_distributions()
     # Pinned to one version by their owner, so declared with it.
     along = {"pydantic_core": "pydantic"}

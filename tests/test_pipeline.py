@@ -26,8 +26,11 @@ from true_kd.models import ModelOptions, SamplingOptions, generate_replies, open
 from true_kd.pipeline import capture, distill
 from true_kd.prompts import from_records, from_strings
 from true_kd.reporting import KDResult
+from true_kd.training import StepMetrics
 
 WEIGHTS = "adapters.safetensors"
+TIMED = ("kd_metrics.json", "run.json", "metrics.jsonl")
+"""Files of a domain that hold times and places."""
 ASK = tuple(f"say hello to {count} cats on the mat" for count in range(5))
 CHECK = tuple(f"who said hello to cat {count}" for count in range(2))
 SCORED = tuple({"prompt": prompt, "completion": "the cat sat on the mat"} for prompt in ASK)
@@ -79,6 +82,12 @@ class Place:
 
     def weights(self, domain: str = "a") -> bytes:
         return (self.out / domain / WEIGHTS).read_bytes()
+
+
+def steady_lines(content: bytes) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl without what a clock measured."""
+    lines = map(json.loads, content.decode().splitlines())
+    return [{name: value for name, value in line.items() if name not in StepMetrics.MEASURED} for line in lines]
 
 
 class Run:
@@ -162,8 +171,7 @@ def test_every_promised_file_is_there(finished: tuple[Place, Run]) -> None:
         *adapter,
         "checkpoint_2",
         "checkpoint_4",
-        "kd_metrics.json",
-        "run.json",
+        *TIMED,
     }
     for checkpoint in ("checkpoint_2", "checkpoint_4"):
         assert {path.name for path in (place.out / "a" / checkpoint).iterdir()} == adapter

@@ -17,13 +17,13 @@ import mlx.nn as nn
 
 from true_kd.errors import CacheError
 from true_kd.files import CHECK, digest_file, digest_json, discard, remove, save_tensors, staging
-from true_kd.layout import CONFIG, CONTROL, METRICS, REPORT, RUN, SUMMARY, WEIGHTS
+from true_kd.layout import CONFIG, CONTROL, LINES, METRICS, REPORT, RUN, SUMMARY, SWEEP, WEIGHTS
 from true_kd.models import LoraOptions, attach_adapter, check_safetensors, lora_parameters
 
 OURS = "true_kd"
 """The key of an adapter's config under which true-kd's own facts are, which mlx-lm passes over."""
 
-__all__ = ["CONFIG", "CONTROL", "METRICS", "OURS", "REPORT", "RUN", "SUMMARY", "WEIGHTS"]
+__all__ = ["CONFIG", "CONTROL", "LINES", "METRICS", "OURS", "REPORT", "RUN", "SUMMARY", "SWEEP", "WEIGHTS"]
 
 
 def checkpoint_folder(folder: Path, iteration: int) -> Path:

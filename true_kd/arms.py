@@ -20,7 +20,7 @@ from true_kd.files import make_folder, remove, remove_temporaries, write_json
 from true_kd.jobs import Job
 from true_kd.memory import budget_bytes
 from true_kd.models import LanguageModel, add_lora, is_finite, trainable
-from true_kd.reporting import Validation
+from true_kd.reporting import Finish, MetricsFile, Validation, lines_of
 from true_kd.stopping import uninterrupted
 from true_kd.training import NonFinite, Room, TrainingState, train
 
@@ -64,12 +64,13 @@ def train_arm(
     data: DomainData,
     clock: Clock,
     start: Start,
+    before: Validation,
     has_signal: bool = True,
 ) -> Generator[events.Event, None, Trained]:
     """Put an adapter on a freshly opened student, train it and leave the best weights in the job's folder.
 
-    `has_signal` is false for a student that says what its teacher says: the gradient from any targets is then noise,
-    which says nothing against the targets.
+    `before` is the student's validation as it came. `has_signal` is false for a student that says what its teacher
+    says: the gradient from any targets is then noise, which says nothing against the targets.
 
     Raises
     ------
@@ -90,7 +91,8 @@ def train_arm(
     if (need := room.need(data.train)) > budget:
         yield events.MemoryShort(job.label, need, room.weights, budget, config.training.grad_checkpoint)
     _begin_folder(job, start.made)
-    run = yield from _train(job, student, data, clock, room, start)
+    with contextlib.closing(MetricsFile(job.folder)) as told:
+        run = yield from _train(job, student, data, clock, room, start, before, told)
     return Trained(run, fidelity, mx.get_peak_memory())
 
 
@@ -133,7 +135,14 @@ def _begin_folder(job: Job, made: int) -> None:
 
 
 def _train(
-    job: Job, student: LanguageModel, data: DomainData, clock: Clock, room: Room, start: Start
+    job: Job,
+    student: LanguageModel,
+    data: DomainData,
+    clock: Clock,
+    room: Room,
+    start: Start,
+    before: Validation,
+    told: MetricsFile,
 ) -> Generator[events.Event, None, Progress]:
     options, losses = job.config.training, job.config.losses
     run, state = Progress(), TrainingState(student.module, options)
@@ -149,13 +158,14 @@ def _train(
         if run.best is not None:
             _save(job, run.best_weights)
         clock.seconds["training"] += sum(step.seconds for step in run.steps)
+    told.begin(lines_of(job.label, options.iters, run.steps, [before, *run.validations]))
     steps = train(student.module, data.train, options, losses, job.config.seed, state, room)
     try:
         while True:
             # A run that was stopped in its validation goes on with that.
             if run.lacks_validation(options.iters, options.validate_every):
                 clock.stop("training")
-                yield from _validate(job, student, data, run, current)
+                yield from _validate(job, student, data, run, current, told)
                 clock.stop("evaluation")
             over = run.is_over(options.iters, options.patience)
             # One that was saved in the validation that ends the run did not know that it is the last.
@@ -163,11 +173,14 @@ def _train(
                 with uninterrupted():
                     _save_checkpoint(job, current, run, state)
             if over:
+                with uninterrupted():
+                    told.add(Finish(run.iteration, run.best.iteration))
                 break
             with uninterrupted():
                 step = next(steps)
                 proven, current = current, trainable(student.module)
                 run.steps.append(step)
+                told.add(step)
             yield events.Stepped(job.label, step)
     except NonFinite as error:
         if run.best is None:
@@ -186,7 +199,12 @@ def _train(
 
 
 def _validate(
-    job: Job, student: LanguageModel, data: DomainData, run: Progress, current: dict[str, mx.array]
+    job: Job,
+    student: LanguageModel,
+    data: DomainData,
+    run: Progress,
+    current: dict[str, mx.array],
+    told: MetricsFile,
 ) -> Generator[events.Event, None, None]:
     metrics = evaluate(student.module, data.valid, job.config.losses.final, job.config.training.batch_size)
     if not metrics.is_finite:
@@ -197,6 +215,7 @@ def _validate(
     with uninterrupted():
         if run.validated(Validation(run.iteration, metrics), current):
             _save(job, current)
+        told.add(run.validations[-1])
     yield events.Validated(job.label, run.validations[-1])
 
 

@@ -73,6 +73,9 @@ class RunConfig(Options):
     beat it: sft, or none to leave it out."""
     report: bool = True
     """Write report.html beside kd_summary.json at the end of a run."""
+    report_to: tuple[Literal["trackio", "tensorboard", "wandb", "swanlab", "mlflow"], ...] = ()
+    """Experiment trackers that get curves, settings and proof: trackio, tensorboard, wandb, swanlab, mlflow. Each is
+    an extra to install, such as true-kd[trackio]."""
     vocab_strategy: VocabStrategy = "match"
     """What to do when the vocabularies differ: match (refuse), truncate (keep common ids), project (map by token)."""
     memory_gb: float | None = Field(default=None, gt=0.0, le=1e6)
@@ -123,6 +126,7 @@ SHORT_NAMES: Mapping[str, KeyPath] = {
     "vocab_strategy": ("vocab_strategy",),
     "memory_gb": ("memory_gb",),
     "seed": ("seed",),
+    "report_to": ("report_to",),
     "fresh": ("fresh",),
 }
 
@@ -167,13 +171,14 @@ def describe_key(path: KeyPath) -> str:
         bounds = f"{limits['ge']:g} to {limits['le']:g}, "
     else:
         bounds = "".join(f"{_BOUNDS[name]} {limit:g}, " for name, limit in limits.items())
+    default = "none" if default == () else default
     return f"{' '.join((field.description or '').split())} [{bounds}default: {default}]"
 
 
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most"}
 
 
-_RUN_WIDE = ("domains", "prompts", "out", "cache", "fresh")
+_RUN_WIDE = ("domains", "prompts", "out", "cache", "fresh", "report_to")
 
 
 class KDConfig(RunConfig):

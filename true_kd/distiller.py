@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from true_kd.errors import InputError, TrueKDError
 from true_kd.jobs import Job
 from true_kd.models import ModelOptions
 from true_kd.reporting import KDResult
+from true_kd.tracking import Trackers, check_installed
 from true_kd.validation import validate
 
 Prompts = Sequence[str] | Sequence[Mapping[str, Any]]
@@ -132,9 +134,13 @@ class TrueKnowledgeDistiller:
     def _run(
         self, todo: Sequence[Job], refused: Mapping[str, TrueKDError]
     ) -> tuple[dict[str, KDResult], dict[str, Exception]]:
-        for event in pipeline.distill(todo, refused):
-            if isinstance(event, events.RunFinished):
-                return {result.domain: result for result in event.results}, dict(event.failures)
+        check_installed(self.config.report_to)
+        with Trackers(self.config.report_to, self.config.out_folder) as trackers:
+            for event in pipeline.distill(todo, refused):
+                for line in trackers.note(event):
+                    warnings.warn(line, stacklevel=4)
+                if isinstance(event, events.RunFinished):
+                    return {result.domain: result for result in event.results}, dict(event.failures)
         raise AssertionError("distill ended without RunFinished")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from true_kd.budget import BudgetChoice
 from true_kd.capture import CaptureProgress
+from true_kd.config import RunConfig
 from true_kd.fidelity import Fidelity
 from true_kd.gate import Headroom, ParentComparison
 from true_kd.proof import Proof
@@ -104,6 +105,10 @@ class TrainingStarted:
     data: DataCounts
     made: int = 0
     """Steps that an earlier run of this job made, and that this one goes on from."""
+    config: RunConfig | None = None
+    """Of the job."""
+    run_digest: str = ""
+    """The same for each part of a run that was stopped and goes on; see `jobs.Job.run_digest`."""
 
 
 @dataclass(frozen=True)

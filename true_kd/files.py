@@ -183,6 +183,22 @@ def write_json(path: Path, value: Any) -> None:
         stage.write_json(path.name, value)
 
 
+def write_fleeting(path: Path, text: str) -> None:
+    """Replace a file that nobody needs once its writer has ended: whole for readers, but not flushed to the disk.
+
+    Raises
+    ------
+    OSError
+        where that cannot be done.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{path.name.lstrip('.')}")
+    # Anew, as a link in its place would lead elsewhere.
+    temporary.unlink(missing_ok=True)
+    with temporary.open("x", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(temporary, path)
+
+
 def save_tensors(path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
     """Write MLX arrays as safetensors, in place.
 

@@ -93,6 +93,14 @@ class CapturedTargets:
     teacher_size: ModelSize
 
 
+_CONTROL = " (SFT control)"
+
+
+def parse_label(label: str) -> tuple[str, bool]:
+    """The domain that a job's label names, and whether the job is its control."""
+    return label.removesuffix(_CONTROL), label.endswith(_CONTROL)
+
+
 @dataclass
 class Job:
     """One domain of a run, on its way from prompts to result."""
@@ -120,7 +128,7 @@ class Job:
     @property
     def label(self) -> str:
         """What a run's reports call it."""
-        return f"{self.domain} (SFT control)" if self.is_control else self.domain
+        return f"{self.domain}{_CONTROL}" if self.is_control else self.domain
 
     def control(self) -> Job:
         """The same student trained as long on the same text of the teacher, by cross-entropy alone."""
@@ -160,7 +168,7 @@ def identifying_options(config: RunConfig) -> dict[str, Any]:
     return config.model_dump(
         mode="json",
         exclude={
-            **dict.fromkeys(("out", "cache", "fresh", "isolate", "domains", "prompts", "memory_gb"), True),
+            **dict.fromkeys(("out", "cache", "fresh", "isolate", "domains", "prompts", "memory_gb", "report_to"), True),
             **dict.fromkeys(("evaluation", "gate", "control", "report"), True),
             **{seam: {"model", "revision", "adapter"} for seam in ("teacher", "student")},
         },

@@ -54,7 +54,7 @@ def distill_student(job: Job) -> Generator[events.Event, None, KDResult]:
         yield events.Validated(job.label, base.validation)
         yield from _pass_gate(job, base.headroom)
         has_signal = base.headroom.standing != "same"
-        trained = yield from train_arm(job, student, data, clock, start, has_signal)
+        trained = yield from train_arm(job, student, data, clock, start, base.validation, has_signal)
     tokenizer = student.tokenizer
     del student
     release_memory()
@@ -119,8 +119,14 @@ def evaluate_student(job: Job) -> Generator[events.Event, None, tuple[Proof, KDR
 def _write(job: Job, result: KDResult) -> None:
     """The record of a finished domain, and the settings that it was measured by."""
     write_run(job)
+    settle_lines(job, result)
     reporting.write_result(job.folder, result, job.run_digest, job.proof_digest)
     clean_up(job.folder)
+
+
+def settle_lines(job: Job, result: KDResult) -> None:
+    """Have metrics.jsonl say what the result of a job says."""
+    reporting.settle(job.folder, job.label, job.config.training.iters, result)
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,8 @@ def _announce(job: Job, data: DomainData, start: Start) -> Generator[events.Even
         yield events.CheckpointsDamaged(job.label, start.damaged, start.made)
     elif not (start.made or job.config.fresh) and (others := adapters.checkpoints(job.folder)):
         yield events.CheckpointsReplaced(job.label, max(others))
-    yield events.TrainingStarted(job.label, job.config.training.iters, data.counts, start.made)
+    iters, digest = job.config.training.iters, job.run_digest
+    yield events.TrainingStarted(job.label, iters, data.counts, start.made, job.config, digest)
 
 
 def _measure_base(job: Job, student: LanguageModel, data: DomainData) -> _Base:
@@ -205,7 +212,7 @@ def _train_control(control: Job) -> Generator[events.Event, None, KDResult]:
     clock = Clock()
     before = Validation(0, evaluate(student.module, data.valid, final, batch_size))
     yield events.Validated(control.label, before)
-    trained = yield from train_arm(control, student, data, clock, start)
+    trained = yield from train_arm(control, student, data, clock, start, before)
     del student
     release_memory()
     adapted = open_model(control.config.student, "student")
@@ -213,6 +220,7 @@ def _train_control(control: Job) -> Generator[events.Event, None, KDResult]:
     after = evaluate(adapted.module, data.valid, final, batch_size)
     clock.stop("evaluation")
     result = _result(control, before, after, data, trained, clock)
+    settle_lines(control, result)
     reporting.write_result(control.folder, result, control.run_digest)
     clean_up(control.folder)
     return result

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from true_kd import events, pipeline
+from true_kd.adapters import SWEEP
 from true_kd.config import Override
 from true_kd.errors import InputError, TrueKDError
 from true_kd.files import write_json
@@ -23,9 +24,6 @@ from true_kd.jobs import plan, refuse
 from true_kd.ranking import Run, recommend
 from true_kd.validation import dotted
 from true_kd.yaml_file import KeyPath
-
-FOLDER = "sweep"
-"""Folder inside `out` that holds one output folder per point."""
 
 RESULT = "sweep.json"
 _SEED: KeyPath = ("seed",)
@@ -128,7 +126,7 @@ def sweep(
     for _, jobs, refused in planned:
         if not jobs:
             refuse(refused)
-    where = planned[0][1][0].config.out_folder / FOLDER
+    where = planned[0][1][0].config.out_folder / SWEEP
     for number, (point, jobs, refused) in enumerate(planned, start=1):
         for job in jobs:
             config = job.control().config if point.is_control else job.config

@@ -28,6 +28,7 @@ COMMANDS: Mapping[str, tuple[str, str, str]] = {
     "analyze": ("proving", "analyze", "Say what each domain has to gain, before hours of capture."),
     "sweep": ("proving", "sweep", "Distil under all combinations of some settings from one cache."),
     "evaluate": ("proving", "evaluate", "Measure adapters anew: student, adapter and teacher."),
+    "status": ("watching", "status", "Show how far a run is, from another terminal."),
     "report": ("reporting", "report", "Build the report of finished domains again."),
     "compare": ("talking", "compare", "Show plain student, student with adapter and teacher side by side."),
     "chat": ("talking", "chat", "Talk to the student with its adapter."),

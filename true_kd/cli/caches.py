@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -14,6 +13,8 @@ import typer
 
 from true_kd import stores
 from true_kd.cache import default_root
+from true_kd.cli.flags import AsJson
+from true_kd.cli.output import say_json
 from true_kd.errors import CacheError, InputError
 from true_kd.files import expand
 from true_kd.manifest import DEMAND, TEACHER
@@ -31,7 +32,6 @@ Key = Annotated[str, typer.Argument(metavar="KEY", help="The start of a cache's 
 Keys = Annotated[
     list[str] | None, typer.Argument(metavar="KEY", help="Starts of the keys of caches.", show_default=False)
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -45,7 +45,7 @@ def ls(as_json: AsJson = False, cache: Root = None) -> int:
     """List the caches, the last used first."""
     found = stores.scan(_root(cache))
     if as_json:
-        _say_json([_facts(store) for store in found.stores])
+        say_json([_facts(store) for store in found.stores])
         return 0
     if found.stores:
         _show_table(found.stores)
@@ -65,7 +65,7 @@ def info(key: Key, as_json: AsJson = False, cache: Root = None) -> int:
     findings = list(_watched(stores.verify(store, deep=False), len(store.files)))
     damage = [finding for finding in findings if finding.is_damage]
     if as_json:
-        _say_json({**_facts(store), "findings": [vars(finding) for finding in findings if finding.state != "whole"]})
+        say_json({**_facts(store), "findings": [vars(finding) for finding in findings if finding.state != "whole"]})
         return 0
     settings = ", ".join(f"{name} {value}" for name, value in store.settings.items())
     head = store.sizes.get("head.safetensors")
@@ -129,7 +129,7 @@ def verify(
         if not as_json:
             _show_findings(store, findings, gone)
     if as_json:
-        _say_json({"caches": report, "refused": refused})
+        say_json({"caches": report, "refused": refused})
     else:
         for why in refused.values():
             _say(why)
@@ -151,6 +151,7 @@ def prune(
         typer.Option("--keep-size", metavar="SIZE", help="What may stay, the last used first: 10GB. The others go."),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove them; without it they are only listed.")] = False,
+    as_json: AsJson = False,
     cache: Root = None,
 ) -> int:
     """List what can go, and with --yes remove it.
@@ -165,6 +166,12 @@ def prune(
     named = _named(root, keys) if keys else None
     plan = stores.plan_pruning(every, named, age, size)
     done = stores.prune(plan) if yes else plan
+    kept = [store.key for store in plan.stores if store not in done.stores]
+    if as_json:
+        strays = [{"file": str(path), "bytes": length} for path, length in done.strays.items()]
+        caches = [_facts(store) for store in done.stores]
+        say_json({"removed": yes, "caches": caches, "strays": strays, "kept": kept, "bytes": done.bytes})
+        return 0
     verb = "removed" if yes else "would go"
     for store in done.stores:
         _say(f"{verb}: {store.key} ({store.teacher}, {_size(store.bytes)}, used {_age(store.last_used)} ago)")
@@ -172,9 +179,8 @@ def prune(
             _say(f"kept: {store.folder}, for what is not true-kd's in it")
     for path, length in done.strays.items():
         _say(f"{verb}: {path.parent.name}/{path.name} (left by a killed run, {_size(length)})")
-    for store in plan.stores:
-        if store not in done.stores:
-            _say(f"kept: {store.key}, which was used since")
+    for key in kept:
+        _say(f"kept: {key}, which was used since")
     if not plan.stores and not plan.strays:
         _say(f"nothing to remove in {root}")
     elif yes:
@@ -188,11 +194,15 @@ def prune(
 def export(
     key: Key,
     destination: Annotated[str, typer.Argument(metavar="DEST", help="A new or empty folder.", show_default=False)],
+    as_json: AsJson = False,
     cache: Root = None,
 ) -> int:
     """Copy a cache to a folder, for another machine."""
     store = stores.find(_root(cache), key)
     moved = stores.export_store(store, _path(destination, "DEST"))
+    if as_json:
+        say_json(_moved(store.key, moved, _way_to_use(store, store.key[:8])))
+        return 0
     _say(f"{store.key}: {_number(moved.replies, 'reply')}, {_size(moved.bytes)} copied to {moved.folder}")
     _say(f"There: true-kd cache import {moved.folder.name}")
     if hint := _way_to_use(store, store.key[:8]):
@@ -203,6 +213,7 @@ def export(
 @app.command(name="import")
 def import_(
     source: Annotated[str, typer.Argument(metavar="SRC", help="What `true-kd cache export` made.", show_default=False)],
+    as_json: AsJson = False,
     cache: Root = None,
 ) -> int:
     """Add an exported cache to those here.
@@ -211,12 +222,28 @@ def import_(
     """
     root = _root(cache)
     moved = stores.import_store(_path(source, "SRC"), root)
+    digits = _digits([found.key for found in stores.scan(root).stores])
+    hint = _way_to_use(stores.read_store(moved.folder), moved.folder.name[:digits])
+    if as_json:
+        say_json(_moved(moved.folder.name, moved, hint))
+        return 0
     kept = f"; nothing new in {_number(moved.present, 'file')}" if moved.present else ""
     _say(f"{moved.folder.name}: {_number(moved.replies, 'reply')}, {_size(moved.bytes)} copied to {moved.folder}{kept}")
-    digits = _digits([found.key for found in stores.scan(root).stores])
-    if hint := _way_to_use(stores.read_store(moved.folder), moved.folder.name[:digits]):
+    if hint:
         _say(f"Next, with the configs and prompts it was captured with: {hint}")
     return 0
+
+
+def _moved(key: str, moved: stores.Moved, hint: str) -> dict[str, Any]:
+    """A copied cache for programs; `command` trains from it where it knows its teacher."""
+    return {
+        "key": key,
+        "folder": str(moved.folder),
+        "replies": moved.replies,
+        "bytes": moved.bytes,
+        "present": moved.present,
+        "command": hint or None,
+    }
 
 
 def _way_to_use(store: Store, key: str) -> str:
@@ -389,7 +416,3 @@ def _watched(findings: Iterable[stores.Finding], total: int) -> Iterator[stores.
 
 def _say(line: str) -> None:
     typer.echo(printable(line))
-
-
-def _say_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2))

@@ -25,7 +25,7 @@ VARIABLE = "_TRUE_KD_COMPLETE"
 
 SHELLS = ("bash", "zsh", "fish")
 
-_OF_ADAPTERS = ("compare", "chat", "generate", "evaluate", "report", "serve", "push", "export")
+_OF_ADAPTERS = ("compare", "chat", "generate", "evaluate", "report", "serve", "push", "export", "status")
 """Commands whose domains are those that have an adapter."""
 _DOMAIN_FLAGS = ("--domain", "-d")
 

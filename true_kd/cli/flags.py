@@ -41,6 +41,10 @@ Teacher = Annotated[str | None, flag("teacher", "--teacher")]
 Student = Annotated[str | None, flag("student", "--student")]
 Prompts = Annotated[str | None, flag("prompts", "--prompts")]
 Out = Annotated[str | None, flag("out", "--out")]
+ReportTo = Annotated[
+    list[str] | None,
+    typer.Option("--report-to", metavar="NAME", help=describe_key(SHORT_NAMES["report_to"]), show_default=False),
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help=describe_key(("fresh",)))]
 
 

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 
 def say_json(value: Any, indent: int | None = 2) -> None:
-    """Print a value as JSON on stdout; NaN and infinity are refused (ValueError)."""
-    typer.echo(json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False))
+    """Print a value as JSON on stdout, all of it ASCII: it reads the same whatever the locale, and no text that it
+    quotes has power over a terminal. NaN and infinity are refused (ValueError)."""
+    typer.echo(json.dumps(value, indent=indent, ensure_ascii=True, allow_nan=False))
 
 
 def colour_console() -> Console | None:

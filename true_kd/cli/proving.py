@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +19,7 @@ from true_kd.cli.flags import (
     Fresh,
     Out,
     Prompts,
+    ReportTo,
     Sets,
     Student,
     Teacher,
@@ -27,7 +28,7 @@ from true_kd.cli.flags import (
     overrides,
 )
 from true_kd.cli.output import say_json
-from true_kd.config import SHORT_NAMES, Override
+from true_kd.config import SHORT_NAMES, Override, load_config
 from true_kd.errors import InputError, TrueKDError, shared_exit_code
 from true_kd.validation import parse_override
 from true_kd.yaml_file import read_value
@@ -161,6 +162,7 @@ def sweep(
     prompts: Prompts = None,
     out: Out = None,
     fresh: Fresh = False,
+    report_to: ReportTo = None,
     as_json: AsJson = False,
     sets: Sets = None,
 ) -> int:
@@ -171,6 +173,7 @@ def sweep(
     from true_kd import events, jobs
     from true_kd import sweep as sweeping
     from true_kd.console import sweep_table
+    from true_kd.tracking import Trackers, check_installed
 
     swept = {
         "temperature": temperature,
@@ -194,10 +197,15 @@ def sweep(
     if control not in (None, "none", "sft"):
         raise InputError(f"--control {control!r}: expected sft or none. Choose one.")
     given = {"teacher": teacher, "student": student, "prompts": prompts, "out": out, "fresh": fresh or None, **fixed}
+    given["report_to"] = report_to or None
     shared = overrides(given, sets)
     points = sweeping.grid(axes, with_control=control == "sft")
     domains = jobs.choose_domains(config, domain or [], everything, shared)
-    end = _watch(sweeping.sweep(config, domains, shared, points), events.SweepFinished, as_json)
+    settings = load_config(config, None, shared)
+    check_installed(settings.report_to)
+    with Trackers(settings.report_to, settings.out_folder) as trackers:
+        running = sweeping.sweep(config, domains, shared, points)
+        end = _watch(running, events.SweepFinished, as_json, trackers.note)
     if as_json:
         say_json({"domains": {each.domain: asdict(each) for each in end.recommendations}, **_failed(end.failures)})
     else:
@@ -224,8 +232,16 @@ def _axis(flag_name: str, path: Any, value: Any) -> Any:
     return Axis(flag_name, path, tuple(values))
 
 
-def _watch(running: Iterable[events.Event], last: type, as_json: bool) -> Any:
-    """Show a run's events, on stderr where stdout is for programs; returns the last."""
+def _watch(
+    running: Iterable[events.Event],
+    last: type,
+    as_json: bool,
+    note: Callable[[events.Event], list[str]] = lambda _: [],
+) -> Any:
+    """Show a run's events, on stderr where stdout is for programs; returns the last.
+
+    `note` is told of each, and says what is to be warned of.
+    """
     from true_kd.console import make_view
 
     # Closed before a signal's last line is printed: by then a run that was stopped is.
@@ -233,6 +249,8 @@ def _watch(running: Iterable[events.Event], last: type, as_json: bool) -> Any:
         for event in running:
             if isinstance(event, last):
                 return event
+            for line in note(event):
+                typer.echo(line, err=True)
             view.show(event)
     raise AssertionError(f"a run ended without {last.__name__}")
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from true_kd.cli.completion import domain_names
 from true_kd.cli.flags import AsJson
+from true_kd.cli.output import say_json
 from true_kd.config import describe_key
 from true_kd.errors import InputError
 from true_kd.suggest import printable
@@ -118,7 +118,7 @@ def compare(
         "seed": seed,
         **options.model_dump(include={"sampling_temperature", "top_p", "max_tokens"}),
     }
-    _say_json({**about, **comparison_facts(comparison), "notes": [*notes, *comparison.warnings]}, 2)
+    say_json({**about, **comparison_facts(comparison), "notes": [*notes, *comparison.warnings]})
     return 0
 
 
@@ -212,7 +212,7 @@ def generate(
             if streams:
                 typer.echo(printable(token.text), nl=False)
         if as_json or prompts_file is not None:
-            _say_json(reply.facts())
+            say_json(reply.facts(), indent=None)
         else:
             typer.echo("" if streams else printable(reply.text))
     return 0
@@ -235,7 +235,3 @@ def _watched(stages: Generator[str, None, Comparison]) -> Comparison:
                 from rich.text import Text
 
                 status.update(Text(printable(f"{model}: writing and reading")))
-
-
-def _say_json(value: Any, indent: int | None = None) -> None:
-    typer.echo(json.dumps(value, indent=indent, ensure_ascii=True, allow_nan=False))

@@ -71,7 +71,7 @@ class LineView:
                 self.say(f"{domain}: comparing student, adapter and teacher on {prompts} held-out prompts")
             case events.TeacherFreed(memory):
                 self.say(f"teacher freed, {memory / 2**20:.0f} MB still held")
-            case events.TrainingStarted(domain, iters, data, made):
+            case events.TrainingStarted(domain, iters, data, made, _, _):
                 self._iters = iters
                 if made:
                     self.say(f"{domain}: goes on from the checkpoint of iteration {made}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from pathlib import Path
 
 from true_kd import events, reporting
 from true_kd.checkpoints import clean_up
@@ -23,7 +24,8 @@ from true_kd.pipeline.steps import (
     run_student,
     sift,
 )
-from true_kd.student import distill_student
+from true_kd.status import published
+from true_kd.student import distill_student, settle_lines
 
 
 def distill(jobs: Sequence[Job], failures: Mapping[str, TrueKDError] | None = None) -> Iterator[events.Event]:
@@ -43,29 +45,37 @@ def distill(jobs: Sequence[Job], failures: Mapping[str, TrueKDError] | None = No
     jobs, refused = identify_jobs(jobs, failures or {})
     out = jobs[0].config.out_folder
     with hold_folder(out):
-        for domain, error in refused.items():
-            yield ledger.failed(domain, error)
-        try:
-            todo = yield from _skip_finished(jobs, ledger)
-            for group in group_by_teacher(todo):
-                captured = yield from capture_all(group, ledger, jobs, look_first=True)
-                for job in captured:
-                    yield from _train_isolated(job, ledger)
-        finally:
-            # Also when the run is stopped halfway: what is finished is in the summary.
-            seconds = time.perf_counter() - started
-            failed = {domain: str(error) for domain, error in ledger.failures.items()}
-            summary = reporting.write_summary(out, ledger.results, failed, seconds)
-        report = None
-        if any(job.config.report for job in jobs) and ledger.results:
-            from true_kd.report import write_report  # jinja2: not for a run that ends at its first line
-
-            try:
-                report = write_report(out, ledger.results, failed)
-            except EnvironmentProblem as error:
-                # The adapters are there, and the table is still to come: a page less is no reason to end here.
-                yield ledger.failed("report", error)
+        summary, report = yield from published(out, jobs, _distill_all(out, jobs, refused, ledger, started))
+    seconds = time.perf_counter() - started
     yield events.RunFinished(tuple(ledger.results), ledger.failures, summary, seconds, report)
+
+
+def _distill_all(
+    out: Path, jobs: Sequence[Job], refused: Mapping[str, TrueKDError], ledger: Ledger, started: float
+) -> Generator[events.Event, None, tuple[Path, Path | None]]:
+    """The work of a run that holds its folder; returns where summary and report lie."""
+    for domain, error in refused.items():
+        yield ledger.failed(domain, error)
+    try:
+        todo = yield from _skip_finished(jobs, ledger)
+        for group in group_by_teacher(todo):
+            captured = yield from capture_all(group, ledger, jobs, look_first=True)
+            for job in captured:
+                yield from _train_isolated(job, ledger)
+    finally:
+        # Also when the run is stopped halfway: what is finished is in the summary.
+        seconds = time.perf_counter() - started
+        failed = {domain: str(error) for domain, error in ledger.failures.items()}
+        summary = reporting.write_summary(out, ledger.results, failed, seconds)
+    if any(job.config.report for job in jobs) and ledger.results:
+        from true_kd.report import write_report  # jinja2: not for a run that ends at its first line
+
+        try:
+            return summary, write_report(out, ledger.results, failed)
+        except EnvironmentProblem as error:
+            # The adapters are there, and the table is still to come: a page less is no reason to end here.
+            yield ledger.failed("report", error)
+    return summary, None
 
 
 def capture(jobs: Sequence[Job], failures: Mapping[str, TrueKDError] | None = None) -> Iterator[events.Event]:
@@ -103,9 +113,12 @@ def _skip_finished(jobs: Sequence[Job], ledger: Ledger) -> Generator[events.Even
     for job in jobs:
         finished = None if job.config.fresh else reporting.read_result(job.folder, job.run_digest, job.proof_digest)
         if finished is not None and finished.proof is not None and not job.lacks_control(finished.proof):
-            for folder in (job.folder, job.control().folder):
-                clean_up(folder)
-            yield ledger.finished(finished)
+            try:
+                _tidy(job, finished)
+            except TrueKDError as error:
+                yield ledger.failed(job.domain, error)
+            else:
+                yield ledger.finished(finished)
             continue
         try:
             make_folder(job.folder)
@@ -114,6 +127,16 @@ def _skip_finished(jobs: Sequence[Job], ledger: Ledger) -> Generator[events.Even
         except TrueKDError as error:
             yield ledger.failed(job.domain, error)
     return todo
+
+
+def _tidy(job: Job, finished: reporting.KDResult) -> None:
+    """Have a finished domain's folder be what a run leaves that nothing stopped."""
+    settle_lines(job, finished)
+    control = job.control()
+    if (beside := reporting.read_result(control.folder, control.run_digest)) is not None:
+        settle_lines(control, beside)
+    for folder in (job.folder, control.folder):
+        clean_up(folder)
 
 
 def _train_isolated(job: Job, ledger: Ledger) -> Iterator[events.Event]:

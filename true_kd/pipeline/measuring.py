@@ -26,6 +26,7 @@ from true_kd.pipeline.steps import (
 )
 from true_kd.probing import compare_samples, compare_with_parents, sample_all
 from true_kd.proof import Proof
+from true_kd.status import published
 from true_kd.student import evaluate_student
 from true_kd.suggest import quote
 from true_kd.teacher import Teacher
@@ -47,19 +48,7 @@ def evaluate(jobs: Sequence[Job], failures: Mapping[str, TrueKDError] | None = N
     jobs, refused = identify_jobs(jobs, failures or {})
     out = jobs[0].config.out_folder
     with hold_folder(out):
-        for domain, error in refused.items():
-            yield ledger.failed(domain, error)
-        for group in group_by_teacher(jobs):
-            for job in group:
-                make_folder(job.config.cache_folder)
-            for job in (yield from capture_all(group, ledger, jobs)):
-                try:
-                    proof, result = yield from run_student(evaluate_student, job)
-                    proofs[job.domain] = proof
-                    yield events.Evaluated(job.domain, proof, kept=result is not None)
-                except Exception as error:  # noqa: BLE001 - a domain fails alone, be it by a bug
-                    yield ledger.failed(job.domain, error)
-                release_memory()
+        yield from published(out, jobs, _evaluate_all(jobs, refused, ledger, proofs))
         if proofs:
             reporting.refresh_summary(out)
             if any(job.config.report for job in jobs):
@@ -67,6 +56,25 @@ def evaluate(jobs: Sequence[Job], failures: Mapping[str, TrueKDError] | None = N
 
                 write_report(out, [], {})
     yield events.EvaluationFinished(proofs, ledger.failures)
+
+
+def _evaluate_all(
+    jobs: Sequence[Job], refused: Mapping[str, TrueKDError], ledger: Ledger, proofs: dict[str, Proof]
+) -> Generator[events.Event, None, None]:
+    """The work of an evaluation that holds its folder; fills `proofs`."""
+    for domain, error in refused.items():
+        yield ledger.failed(domain, error)
+    for group in group_by_teacher(jobs):
+        for job in group:
+            make_folder(job.config.cache_folder)
+        for job in (yield from capture_all(group, ledger, jobs)):
+            try:
+                proof, result = yield from run_student(evaluate_student, job)
+                proofs[job.domain] = proof
+                yield events.Evaluated(job.domain, proof, kept=result is not None)
+            except Exception as error:  # noqa: BLE001 - a domain fails alone, be it by a bug
+                yield ledger.failed(job.domain, error)
+            release_memory()
 
 
 def analyze(

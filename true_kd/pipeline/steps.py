@@ -14,7 +14,7 @@ import mlx.core as mx
 from true_kd import events
 from true_kd.errors import InputError, TrueKDError, let_go, told_plainly
 from true_kd.examples import render
-from true_kd.files import make_folder, remove_temporaries
+from true_kd.files import make_folder, remove, remove_temporaries
 from true_kd.gate import NothingToTeach
 from true_kd.jobs import Job, find_teacher, refuse
 from true_kd.locks import Lock, check_free, hold
@@ -23,6 +23,7 @@ from true_kd.models import ModelOptions, check_keys, describe, open_skeleton, op
 from true_kd.pipeline.apart import Phase, run_apart
 from true_kd.probing import probe
 from true_kd.reporting import KDResult
+from true_kd.status import FILE, LOCK
 from true_kd.suggest import quote
 from true_kd.targets import TargetSettings
 from true_kd.teacher import Teacher, WeightsWanted, capture_domain, choose_targets
@@ -128,8 +129,6 @@ class Look:
         return text.digest
 
 
-_LOCK = ".lock"
-"""In an output folder: held by a run, from its beginning to its end."""
 _WORK = ".lock-work"
 """In an output folder: held by the process that trains, which may outlive a run that is killed by a moment."""
 _ORPHAN = 30.0
@@ -139,7 +138,7 @@ _ORPHAN = 30.0
 def look_free(jobs: Sequence[Job]) -> None:
     """Raise `LockedError` where another run has the output folder: before anything that takes its time."""
     for job in jobs[:1]:
-        check_free(job.config.out_folder / _LOCK)
+        check_free(job.config.out_folder / LOCK)
 
 
 @contextlib.contextmanager
@@ -148,8 +147,9 @@ def hold_folder(out: Path) -> Iterator[None]:
     if any(path.exists() and not path.is_dir() for path in (out, *out.parents)):
         raise InputError(f"--out {quote(str(out))}: a file is in the way, expected a folder. Choose another name.")
     make_folder(out)
-    with hold(out / _LOCK):
+    with hold(out / LOCK):
         remove_temporaries(out)
+        remove(out / FILE)
         Lock(out / _WORK).release()
         yield
 

@@ -17,7 +17,9 @@ class Validation:
     """The student on the validation prompts after an iteration (0: before training)."""
 
     iteration: int
+    """The steps that were made before."""
     metrics: EvalMetrics
+    """Over the response tokens of the validation prompts."""
 
 
 @record

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 import mlx.core as mx
@@ -23,27 +22,34 @@ from true_kd.errors import TrueKDError
 from true_kd.examples import Example
 from true_kd.losses import LossOptions, LossSums
 from true_kd.models import recompute_layers
+from true_kd.options import record
 from true_kd.training.gradients import Gradients, Update
 from true_kd.training.options import TrainingOptions, compiles_gradient, compiles_update, learning_rate_at
 from true_kd.training.plan import Plan, Room
 
 
-@dataclass(frozen=True)
+@record
 class StepMetrics:
     """One optimizer step. Losses are means over the step's response tokens, nats, `kd` with its T^2."""
 
     iteration: int
     """Counted from 1."""
     total: float
+    """The loss: alpha * kd + (1 - alpha) * ce."""
     kd: float
+    """T^2 times the divergence at the loss temperature."""
     ce: float
+    """Cross-entropy on the teacher's text."""
     learning_rate: float
+    """Of this step."""
     grad_norm: float
     """Before clipping."""
     response_tokens: int
+    """Tokens that count in the loss."""
     padded_tokens: int
     """What the body computed: prompt, response and padding."""
     seconds: float
+    """That the step took."""
     tokens_per_second: float
     """Prompt and response tokens by time; padding does not count."""
     peak_memory: int
