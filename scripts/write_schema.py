@@ -11,8 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 import true_kd
 from true_kd import config_schema, layout
+from true_kd.doctor import Diagnosis
+from true_kd.planning import Forecast
+from true_kd.preflight import Report
 from true_kd.reporting import line_schema, schema
 from true_kd.status import status_schema
 
@@ -22,6 +27,8 @@ LINES = PACKAGE / "schemas" / "metrics_line.schema.json"
 STATUS = PACKAGE / "schemas" / "status.schema.json"
 PAGE = PACKAGE / "docs" / "kd_summary.md"
 CONFIG_SCHEMA = PACKAGE / "schemas" / layout.CONFIG_SCHEMA
+PRINTED = {"plan": Forecast, "validate": Report, "doctor": Diagnosis}
+"""What commands print with --json, by their names."""
 CONFIG_PAGE = PACKAGE / "docs" / "configs.md"
 """Written by hand down to `KEYS`, and made from the schema below it."""
 KEYS = "## Every key\n"
@@ -130,6 +137,9 @@ def texts() -> dict[Path, str]:
     """The files and what is to be in them."""
     found, config = schema(), config_schema.schema()
     schemas = {SCHEMA: found, LINES: line_schema(), STATUS: status_schema(), CONFIG_SCHEMA: config}
+    for command, kind in PRINTED.items():
+        path = PACKAGE / "schemas" / f"{command}.schema.json"
+        schemas[path] = TypeAdapter(kind).json_schema(mode="serialization")
     by_hand = CONFIG_PAGE.read_text(encoding="utf-8").partition(KEYS)[0]
     return {path: json.dumps(each, indent=2, ensure_ascii=False) + "\n" for path, each in schemas.items()} | {
         PAGE: page(found),
