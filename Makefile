@@ -26,8 +26,8 @@ $(STAMP): pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --editable '.[$(EXTRA),test]'
 	touch $(STAMP)
 
-# llama.cpp, with which exports are compared, is compiled: a quarter of an hour, once. Where that fails its tests are
-# skipped, and it is tried again after `rm .venv/.llama-cpp`.
+# llama.cpp, with which exports are compared, is compiled, once, in a quarter of an hour or more. Where that fails its
+# tests are skipped, and it is tried again after `rm .venv/.llama-cpp`.
 $(LLAMA): $(STAMP)
 	@echo "compiling llama-cpp-python, for the tests of exports (LLAMA= leaves it out)"
 	@CMAKE_ARGS="$${CMAKE_ARGS:--DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF}" \
