@@ -704,7 +704,7 @@ def test_every_flag_goes_over_the_files(cli, project: Path, teacher_folder: Path
     }
     assert set(inspect.signature(running.distill).parameters) == {
         *(name.replace("-", "_") for name in given),
-        *("domain", "everything", "config", "sets", "fresh"),
+        *("domain", "everything", "config", "sets", "fresh", "report_to", "as_json"),
     }
     flags = [part for name, value in given.items() for part in (f"--{name}", value)]
     ended = cli("distill", "-d", "cats", *flags, "--set", "capture.max_tokens=3", "--set", "training.iters=2")
@@ -949,7 +949,7 @@ def test_every_flag_of_a_capture_goes_over_the_files(cli, project: Path, student
     given = {"teacher": str(student_folder), "cache-bytes": "1000", "cache-gb": "0.01", "prompts": "mine"}
     assert set(inspect.signature(running.capture_command).parameters) == {
         *(name.replace("-", "_") for name in given),
-        *("domain", "everything", "config", "sets"),
+        *("domain", "everything", "config", "sets", "as_json"),
     }
     flags = [part for name, value in given.items() for part in (f"--{name}", value)]
     ended = cli("capture", "-d", "cats", *flags, "--set", "capture.max_tokens=3")

@@ -15,7 +15,8 @@ import pytest
 from test_pipeline import Place, Run, files_of, steady_lines
 
 from true_kd import events
-from true_kd.adapters import CONTROL, LINES, METRICS
+from true_kd.adapters import CONTROL, LINES
+from true_kd.errors import NonFiniteLossError
 from true_kd.evaluation import EvalMetrics
 from true_kd.files import CannotWrite
 from true_kd.reporting import Finish, MetricsFile, Start, Validation, line_schema, lines_of, read_lines, read_result
@@ -166,13 +167,14 @@ def test_a_run_of_other_settings_leaves_nothing_of_the_one_before(place_of_one: 
 
 
 def test_a_diverged_domain_keeps_the_lines_of_its_steps_and_no_finish(place_of_one: Place) -> None:
-    seen = []
-    for event in place_of_one.start("a", training__learning_rate=1.0, training__grad_clip=0.0, training__iters=40):
-        seen += [event.step] if isinstance(event, events.Stepped) else []
-    lines = list(read_lines(place_of_one.out / "a" / LINES))
-    assert [line for line in lines if isinstance(line, StepMetrics)] == seen
+    training = {"training__learning_rate": 1.0, "training__grad_clip": 0.0, "training__warmup": 0.0}
+    run = place_of_one.run("a", **training, training__iters=4, lora__scale=1e30)
+    assert isinstance(run.failures["a"], NonFiniteLossError)
     check((place_of_one.out / "a" / LINES).read_bytes())
-    assert any(isinstance(line, Finish) for line in lines) is (place_of_one.out / "a" / METRICS).exists()
+    lines = list(read_lines(place_of_one.out / "a" / LINES))
+    steps = [event.step for event in run.of(events.Stepped)]
+    assert [line for line in lines if isinstance(line, StepMetrics)] == steps
+    assert not any(isinstance(line, Finish) for line in lines)
 
 
 # Reading

@@ -167,7 +167,8 @@ def inside(run: Generator, name: str) -> Any:
     while inspect.isgenerator(level):
         if name in level.gi_frame.f_locals:
             found.append(level.gi_frame.f_locals[name])
-        level = level.gi_yieldfrom
+        # What a run tells of itself is told by a generator that passes on the events of another.
+        level = level.gi_yieldfrom or level.gi_frame.f_locals.get("running")
     return found[-1]
 
 

@@ -18,7 +18,7 @@ from typing import Any, get_args
 import pytest
 from test_pipeline import Place
 
-from true_kd import events
+from true_kd import KDConfig, TrueKnowledgeDistiller, events
 from true_kd.config import RunConfig, load_config
 from true_kd.reporting import KDResult
 from true_kd.tracking import TRACKERS, MissingTracker, Trackers, check_installed
@@ -278,6 +278,19 @@ def test_a_tracker_changes_neither_the_run_nor_what_is_finished(
     assert ended.code == 0, ended.err
     assert json.loads(ended.out)["domains"]["a"]["unchanged"]
     assert place_of_one.weights() == weights
+
+
+def test_python_reports_as_the_command_line_does(
+    place_of_one: Place, noted: Noted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = Failing("log", RuntimeError("no route"))
+    both = {"wandb": ("json", failing.start), "trackio": ("json", noted.start)}
+    monkeypatch.setattr("true_kd.tracking.reporting.TRACKERS", both)
+    config = KDConfig(**place_of_one.config, report_to=("wandb", "trackio"))
+    with pytest.warns(UserWarning, match=r"--report-to wandb: RuntimeError \(no route\)"):
+        result = TrueKnowledgeDistiller(config=config).distill_domain("a")
+    assert [run.name for run in noted.runs] == ["a"]
+    assert noted.finished == [(proof_metrics(result.proof), False)]
 
 
 # The real ones

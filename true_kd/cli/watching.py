@@ -34,7 +34,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Look every two seconds, until no run is there.")] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Show how far the run in an output folder is: from any terminal, without disturbing it.
+    """Show how far a run is, from any terminal and without disturbing it.
 
     Where none runs: what is finished, and what was stopped at which iteration. With --watch and --json, a line of
     JSON for each change.
