@@ -53,7 +53,9 @@ def plan(
     ] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Say what `distill` with the same flags would do: data, disk, memory, minutes, and what is there already.
+    """Say what a run would do, take and leave, before it does: data, disk, memory, minutes, what is there already.
+
+    The run is that of `distill` with the same flags.
 
     No weights are read: minutes and memory are those of a rehearsal with models of the same shapes, cut to a few
     layers. Nothing is written.
