@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,10 @@ class TrueKnowledgeDistiller:
             if name is not None
         }
         self.config = config.model_copy(update=models)
+
+    def __repr__(self) -> str:
+        models = f"{self.config.teacher.model!r}, {self.config.student.model!r}"
+        return f"{type(self).__name__}({models}, out={self.config.out!r})"
 
     def distill_domain(
         self, domain: str, train_prompts: Prompts | None = None, valid_prompts: Prompts | None = None
@@ -132,9 +137,12 @@ class TrueKnowledgeDistiller:
     def _run(
         self, todo: Sequence[Job], refused: Mapping[str, TrueKDError]
     ) -> tuple[dict[str, KDResult], dict[str, Exception]]:
-        for event in pipeline.distill(todo, refused):
-            if isinstance(event, events.RunFinished):
-                return {result.domain: result for result in event.results}, dict(event.failures)
+        # Closed with whatever ends this: a notebook keeps the traceback of an interrupt, and with it a run that was left
+        # half way, its locks and its models.
+        with contextlib.closing(pipeline.distill(todo, refused)) as running:
+            for event in running:
+                if isinstance(event, events.RunFinished):
+                    return {result.domain: result for result in event.results}, dict(event.failures)
         raise AssertionError("distill ended without RunFinished")
 
 
