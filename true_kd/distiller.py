@@ -137,8 +137,8 @@ class TrueKnowledgeDistiller:
     def _run(
         self, todo: Sequence[Job], refused: Mapping[str, TrueKDError]
     ) -> tuple[dict[str, KDResult], dict[str, Exception]]:
-        # Closed with whatever ends this: a notebook keeps the traceback of an interrupt, and with it a run that was left
-        # half way, its locks and its models.
+        # Closed whatever ends this: a notebook keeps the traceback of an interrupt, and with it what was left half way,
+        # locks and models.
         with contextlib.closing(pipeline.distill(todo, refused)) as running:
             for event in running:
                 if isinstance(event, events.RunFinished):
