@@ -365,7 +365,18 @@ def test_comments_leave_history_and_plans_to_git() -> None:
 
 def test_each_test_file_is_named_after_what_it_tests() -> None:
     files = {name.rpartition(".")[2] for name in MODULES}
-    others = {"packaging", "house", "prompt_data", "pocket_tasks", "readme", "benchmarks", "method", "memory_page"}
+    others = {
+        "packaging",
+        "house",
+        "prompt_data",
+        "pocket_tasks",
+        "readme",
+        "benchmarks",
+        "docs",
+        "method",
+        "memory_page",
+        "worked_examples",
+    }
     subjects = set(ROOMS) | files | others | {"hostile", "bad_input", "damage", "chaos", "numbers"}
     strangers = [path.name for path in TESTS if path.name.startswith("test_") and path.stem[5:] not in subjects]
     assert strangers == []
