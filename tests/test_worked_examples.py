@@ -185,6 +185,7 @@ def again(domain: str, **values: Any) -> KDResult:
     return TrueKnowledgeDistiller("pocket:teacher", "pocket:student", config).distill_domain(domain, PROMPTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isolate", [False, True])
 def test_an_interrupt_leaves_a_usable_state_and_the_same_cell_goes_on(
     isolate: bool, untouched: None, folder: Path

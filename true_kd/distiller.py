@@ -137,8 +137,7 @@ class TrueKnowledgeDistiller:
     def _run(
         self, todo: Sequence[Job], refused: Mapping[str, TrueKDError]
     ) -> tuple[dict[str, KDResult], dict[str, Exception]]:
-        # Closed whatever ends this: a notebook keeps the traceback of an interrupt, and with it what was left half way,
-        # locks and models.
+        # Closed here and not by a destructor: in that, Python would drop a second interrupt while a child still stops.
         with contextlib.closing(pipeline.distill(todo, refused)) as running:
             for event in running:
                 if isinstance(event, events.RunFinished):
