@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "true_kd" / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 INDEX = DOCS / "README.md"
-# Pages that are written on other branches: remove this line, and its two uses, once they are merged.
+# Pages that are written on other branches: set() once they are merged.
 TO_COME = {"export.md", "configs.md", "scripting.md", "sharing.md", "troubleshooting.md"}
 
 every_page = pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
