@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -64,6 +65,10 @@ class TrueKnowledgeDistiller:
             if name is not None
         }
         self.config = config.model_copy(update=models)
+
+    def __repr__(self) -> str:
+        models = f"{self.config.teacher.model!r}, {self.config.student.model!r}"
+        return f"{type(self).__name__}({models}, out={self.config.out!r})"
 
     def distill_domain(
         self, domain: str, train_prompts: Prompts | None = None, valid_prompts: Prompts | None = None
@@ -135,8 +140,12 @@ class TrueKnowledgeDistiller:
         self, todo: Sequence[Job], refused: Mapping[str, TrueKDError]
     ) -> tuple[dict[str, KDResult], dict[str, Exception]]:
         check_installed(self.config.report_to)
-        with Trackers(self.config.report_to, self.config.out_folder) as trackers:
-            for event in pipeline.distill(todo, refused):
+        # Closed here and not by a destructor: in that, Python would drop a second interrupt while a child still stops.
+        with (
+            Trackers(self.config.report_to, self.config.out_folder) as trackers,
+            contextlib.closing(pipeline.distill(todo, refused)) as running,
+        ):
+            for event in running:
                 for line in trackers.note(event):
                     warnings.warn(line, stacklevel=4)
                 if isinstance(event, events.RunFinished):

@@ -57,8 +57,8 @@ def plan(
 
     The run is that of `distill` with the same flags.
 
-    No weights are read: minutes and memory are those of a rehearsal with models of the same shapes, cut to a few
-    layers. Nothing is written.
+    No weights are opened, though a local folder's digest is taken: minutes and memory are those of a rehearsal with
+    models of the same shapes, cut to a few layers. Nothing is written.
     """
     from true_kd import jobs
     from true_kd.planning import forecast

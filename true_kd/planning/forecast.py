@@ -1,4 +1,4 @@
-"""What a run will do, take and leave, said before it begins: nothing is written, and no weights are read."""
+"""What a run will do, take and leave, said before it begins: nothing is written, and no weights are opened."""
 
 from __future__ import annotations
 

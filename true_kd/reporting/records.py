@@ -77,3 +77,22 @@ class KDResult:
     unchanged: bool = False
     """True when the result is that of an earlier run that this one had no need to repeat."""
     versions: Mapping[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        # The fields hold every step of the run: 7,000 characters after four of them.
+        return (
+            f"{type(self).__name__}(domain={self.domain!r}, kl={self.before.kl:.4f} -> {self.after.kl:.4f}, "
+            f"best_iteration={self.best_iteration}, adapter_path={self.adapter_path!r})"
+        )
+
+    def _repr_markdown_(self) -> str:
+        """What a notebook shows of it: the held-out measures before and after, and the verdict."""
+        rows = [
+            ("KL to the teacher, nats", f"{self.before.kl:.4f}", f"{self.after.kl:.4f}"),
+            ("−log p of the text, nats", f"{self.before.ce:.4f}", f"{self.after.ce:.4f}"),
+            ("top-1 agreement", f"{self.before.top1_agreement:.1%}", f"{self.after.top1_agreement:.1%}"),
+        ]
+        head = f"**{self.domain}**: {self.after.tokens:,} held-out tokens, iteration {self.best_iteration}"
+        table = ["| | before | after |", "|---|---|---|", *(f"| {name} | {old} | {new} |" for name, old, new in rows)]
+        said = [] if self.proof is None else ["", self.proof.verdict.sentence]
+        return "\n".join([head, "", *table, *said, "", f"`{self.adapter_path}`"])
