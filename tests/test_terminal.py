@@ -118,7 +118,7 @@ def distilled(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, st
     return folder
 
 
-FITTING = ("domains", "report", "config show", "config show -d cats", "cache")
+FITTING = ("domains", "report", "config show", "config show -d cats", "cache", "plan -d cats --no-probe")
 """Whose lines are laid out for the terminal."""
 FLOWING = (
     *("doctor", "config diff cats", "config diff cats adapters_kd/cats", "config schema", "init --domain new"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -24,7 +23,7 @@ from true_kd.cli.flags import (
     flag,
     overrides,
 )
-from true_kd.cli.output import colour_console, say_json
+from true_kd.cli.output import colour_console, line_width, say_json
 from true_kd.errors import Problems
 from true_kd.suggest import printable, redact
 
@@ -169,7 +168,7 @@ def _marked(tokens: Sequence[ShownToken]) -> Iterator[str]:
     """The text in lines, each with a mark of whether its tokens are trained; broken between tokens, where they fit."""
     from rich.cells import cell_len, chop_cells
 
-    width = max(shutil.get_terminal_size().columns, 20) - len(_TRAINED)
+    width = max(line_width(), 20) - len(_TRAINED)
     for trained, run in groupby(tokens, key=lambda token: token.trained):
         mark, line = _TRAINED if trained else _READ, ""
         for token in run:
@@ -230,7 +229,7 @@ _VERDICT_STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 
 def _show_check(check: Check, console: Console | None) -> None:
     """A check as people read it: the verdict, what was found, and below it what to do."""
-    width = max(shutil.get_terminal_size().columns, 30) - _COLUMN
+    width = max(line_width(), 30) - _COLUMN
     lines = [f"{check.name}: {check.found}", *([check.advice] if check.advice else ())]
     wrap = partial(textwrap.wrap, width=width, break_long_words=False, break_on_hyphens=False)
     first, *others = [part for line in lines for part in wrap(printable(redact(line)))]

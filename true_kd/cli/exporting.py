@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from true_kd.cli.completion import one_of
 from true_kd.cli.flags import AsJson
 from true_kd.cli.output import say_json
 from true_kd.cli.talking import Adapter, ConfigFile, Domain, Out, Student, System
@@ -25,7 +26,16 @@ TARGETS_SHOWN = ("mlx", "peft", "gguf", "fused", "ollama", "lmstudio")
 
 
 def export(
-    to: Annotated[str, typer.Option("--to", metavar="|".join(TARGETS_SHOWN), help="What for.", show_default=False)],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            metavar="|".join(TARGETS_SHOWN),
+            help="What for.",
+            show_default=False,
+            autocompletion=one_of(TARGETS_SHOWN),
+        ),
+    ],
     domain: Domain = None,
     adapter: Adapter = None,
     out: Out = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,16 @@ def say_json(value: Any, indent: int | None = 2) -> None:
     """Print a value as JSON on stdout, all of it ASCII: it reads the same whatever the locale, and no text that it
     quotes has power over a terminal. NaN and infinity are refused (ValueError)."""
     typer.echo(json.dumps(value, indent=indent, ensure_ascii=True, allow_nan=False))
+
+
+def line_width() -> int:
+    """Columns of a line of text: those of the terminal, or of $COLUMNS; in a pipe or a file no line is folded."""
+    if sys.stdout.isatty() or os.environ.get("COLUMNS"):
+        return shutil.get_terminal_size().columns
+    return _UNFOLDED
+
+
+_UNFOLDED = 1000
 
 
 def colour_console() -> Console | None:

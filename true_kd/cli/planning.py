@@ -23,7 +23,7 @@ from true_kd.cli.flags import (
     flag,
     overrides,
 )
-from true_kd.cli.output import say_json
+from true_kd.cli.output import line_width, say_json
 from true_kd.suggest import in_bytes, percent, printable
 
 if TYPE_CHECKING:
@@ -93,25 +93,18 @@ def plan(
 
 
 _LABEL = 11
-_WIDTH = 78
 
 
 def _row(label: str, text: str) -> str:
     """A line with its label, wrapped below itself."""
     return textwrap.fill(
         text,
-        width=_width(),
+        width=max(line_width(), 30),
         initial_indent=f"  {label:<{_LABEL}}",
         subsequent_indent=" " * (_LABEL + 2),
         break_long_words=False,
         break_on_hyphens=False,
     )
-
-
-def _width() -> int:
-    from true_kd.console import make_console
-
-    return min(_WIDTH, make_console().width)
 
 
 def _lines(found: Forecast) -> Iterator[str]:
@@ -129,7 +122,7 @@ def _lines(found: Forecast) -> Iterator[str]:
     if new > min(found.free.values()):
         yield _row("", "NOT ENOUGH: the run would stop with exit code 4")
     if found.fits:
-        yield "what fits a Mac, models as they are stored (computed, not measured on one):"
+        yield "what fits a Mac (computed, not measured on one):"
         yield from map(_fit, found.fits)
 
 
