@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
-import sys
-from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +10,7 @@ import typer
 
 from true_kd.cli.completion import one_of
 from true_kd.cli.flags import AsJson
-from true_kd.cli.output import say_json
+from true_kd.cli.output import say_json, watched
 from true_kd.cli.talking import Adapter, ConfigFile, Domain, Out, Student, System
 from true_kd.errors import InputError
 from true_kd.suggest import did_you_mean, in_bytes, printable, quote
@@ -98,7 +95,7 @@ def export(
     asking = Asking.of(domain=domain, adapter=adapter, out=out, config=config, student=student, system=system)
     prompts = None if prompts_file is None else read_prompts(prompts_file)
     request = Request(target, output, force, quantize, base_model, prompts, asking.system)
-    done = _watched(export_in_stages(asking.found, request))
+    done = watched(export_in_stages(asking.found, request))
     if as_json:
         say_json(_facts(done))
     else:
@@ -158,20 +155,3 @@ def _use(done: Exported) -> str:
             return f"cd {folder} && ollama create {shlex.quote(done.domain or name)}"
         case _:
             return f"load {done.folder.parent.name}/{name} in LM Studio"
-
-
-def _watched(stages: Generator[str, None, Exported]) -> Exported:
-    """Go through the stages of an export, and name them where there is somebody to watch."""
-    with contextlib.ExitStack() as stack:
-        status = None
-        if sys.stderr.isatty():
-            from rich.console import Console
-
-            status = stack.enter_context(Console(stderr=True, highlight=False).status("", spinner="line"))
-        while True:
-            try:
-                stage = next(stages)
-            except StopIteration as end:
-                return end.value
-            if status is not None:
-                status.update(stage)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,13 +10,13 @@ import typer
 
 from true_kd.cli.completion import domain_names
 from true_kd.cli.flags import AsJson
-from true_kd.cli.output import say_json
+from true_kd.cli.output import say_json, watched
 from true_kd.config import describe_key
 from true_kd.errors import InputError
 from true_kd.suggest import printable
 
 if TYPE_CHECKING:
-    from true_kd.comparing import Comparison
+    pass
 
 Asked = Annotated[
     str | None, typer.Argument(metavar="PROMPT", help="What to ask; - or nothing reads stdin.", show_default=False)
@@ -102,7 +100,10 @@ def compare(
     # Of an adapter of another tool nobody knows a teacher, unless one is named.
     with_teacher = not no_teacher and (found.domain is not None or teacher is not None)
     set_guards(budget_bytes(None))
-    comparison = _watched(compare_in_stages(found.config, found.folder, asked, options, seed, with_teacher))
+    comparison = watched(
+        compare_in_stages(found.config, found.folder, asked, options, seed, with_teacher),
+        lambda model: f"{model}: writing and reading",
+    )
     notes = []
     if with_teacher and comparison.teacher is None:
         notes.append(f"No teacher: the weights of {found.config.teacher.model} are not here.")
@@ -216,22 +217,3 @@ def generate(
         else:
             typer.echo("" if streams else printable(reply.text))
     return 0
-
-
-def _watched(stages: Generator[str, None, Comparison]) -> Comparison:
-    """Go through the stages of a comparison, and name them where there is somebody to watch."""
-    with contextlib.ExitStack() as stack:
-        status = None
-        if sys.stderr.isatty():
-            from rich.console import Console
-
-            status = stack.enter_context(Console(stderr=True, highlight=False).status("", spinner="line"))
-        while True:
-            try:
-                model = next(stages)
-            except StopIteration as end:
-                return end.value
-            if status is not None:
-                from rich.text import Text
-
-                status.update(Text(printable(f"{model}: writing and reading")))
