@@ -126,7 +126,11 @@ def put_in(stopwatch: Stopwatch) -> None:
     for into, paths in TIMED.items():
         for path in paths:
             owner, _, name = path.rpartition(".")
-            holder = importlib.import_module("mlx.core").array if owner == "mlx.core.array" else sys.modules[owner]
+            holder = (
+                importlib.import_module("mlx.core").array
+                if owner == "mlx.core.array"
+                else importlib.import_module(owner)
+            )
             function = getattr(holder, name)
             wrapped = stopwatch.wrap(function, into)
             for place in (holder, *modules):
