@@ -7,7 +7,7 @@ import heapq
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import mlx.nn as nn
@@ -39,7 +39,7 @@ from true_kd.planning.reuse import Reuse, find_reuse
 from true_kd.shards import estimate_bytes
 from true_kd.targets import HiddenTargets, TargetSettings
 from true_kd.teacher import Teacher, WeightsWanted, choose_targets
-from true_kd.training import Plan, Room
+from true_kd.training import Room
 
 
 @record
@@ -161,6 +161,7 @@ class _Looks:
     def __init__(self) -> None:
         self.tokenizer = cache(open_tokenizer)
         self.student = cache(_open_student)
+        self.teacher = cache(partial(Teacher, may_open=False))
         self.opened: set[ModelOptions] = set()
         """Teachers whose opening is in the forecast of a domain before."""
 
@@ -251,7 +252,7 @@ def _forecast_domain(job: Job, group: Sequence[Job], looks: _Looks, with_probe: 
 
 
 def _look_at(job: Job, group: Sequence[Job], looks: _Looks) -> _Domain:
-    teacher = Teacher(job.teacher.options, job.config.cache_folder, may_open=False)
+    teacher = looks.teacher(job.teacher.options, job.config.cache_folder)
     student = looks.tokenizer(job.config.student, "student")
     settings = _settings(job, group, teacher)
     cached = TargetCache(job.config.cache_folder, teacher_identity(teacher.text, settings))
@@ -342,13 +343,10 @@ def _rehearse(
     dense = isinstance(examples[0].targets, HiddenTargets)
     memory = StepMemory.of(module, vocab, chunk, config.training.grad_checkpoint, dense)
     room = Room(memory, weight_bytes(module), budget)
-    tasks = (
-        [prompt for prompt in job.valid_prompts if prompt.answer is not None] if config.evaluation.exact_match else []
-    )
-    checkable = [_prompt_tokens(domain, prompt) for prompt in tasks]
-    replies = [
-        domain.reply(asked) for prompt, asked in zip(job.valid_prompts, domain.valid, strict=True) if prompt in tasks
-    ]
+    student, pairs = domain.student, zip(job.valid_prompts, domain.valid, strict=True)
+    tasks = [pair for pair in pairs if config.evaluation.exact_match and pair[0].answer is not None]
+    checkable = [render(prompt, student.tokenizer, student.stop_ids, student.name).prompt for prompt, _ in tasks]
+    replies = [domain.reply(asked) for _, asked in tasks]
     work = StudentWork(
         config=config,
         train=examples,
@@ -368,10 +366,6 @@ def _head_bytes(domain: _Domain) -> int:
     """Of the teacher's output head, where targets are its hidden states and it is in the cache."""
     held = domain.cache.head_path
     return held.stat().st_size if held else 0
-
-
-def _prompt_tokens(domain: _Domain, prompt: object) -> list[int]:
-    return render(prompt, domain.student.tokenizer, domain.student.stop_ids, domain.student.name).prompt
 
 
 def _heaviest(domain: _Domain, prompts: Sequence[TeacherPrompt]) -> list[TeacherPrompt]:
@@ -418,11 +412,8 @@ def _add_student_seconds(
     left = options.iters - reuse.iteration
     validations = len({*range(options.validate_every, options.iters + 1, options.validate_every), options.iters})
     certified = costs["certified_token"] * _certified_tokens(work)
-    plan = Plan(work.train, options, config.losses, config.seed, work.room)
     trained = costs["trained_token"] * sum(
-        len(part) * max(map(len, part))
-        for iteration in range(reuse.iteration + 1, options.iters + 1)
-        for part in plan.parts(iteration)
+        len(part) * max(map(len, part)) for parts in work.steps[reuse.iteration :] for part in parts
     )
     validating = held_out * validations * left / options.iters
     seconds["starting"] += STARTING + costs["opening"]

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -79,6 +80,11 @@ class _Endless(LanguageModel):
     def stop_ids(self) -> list[int]:
         """None: zeros for weights make any token the likeliest."""
         return []
+
+    @classmethod
+    def of(cls, model: LanguageModel) -> _Endless:
+        """The same model, whatever its stop tokens."""
+        return cls(**{field.name: getattr(model, field.name) for field in fields(model)})
 
 
 def rehearse(options: ModelOptions, seam: str, adapted: int, perform: Callable[[ModelOptions, int], Costs]) -> Costs:
@@ -163,8 +169,7 @@ def rehearse_teacher(
         set_guards(budget)
         mx.reset_peak_memory()
         began = time.perf_counter()
-        opened = open_model(shallow, "teacher")
-        teacher = _Endless(**{field.name: getattr(opened, field.name) for field in fields(opened)})
+        teacher = _Endless.of(open_model(shallow, "teacher"))
         costs = {"opening": time.perf_counter() - began, "prompt_token": 0.0, "step": 0.0, "scored_token": 0.0}
         # Once each to warm up: the first pass of a shape reserves its memory.
         if given:
@@ -183,7 +188,7 @@ def rehearse_teacher(
 
 def _split(seconds: Sequence[float], prompts: Sequence[Sequence[int]]) -> tuple[float, float]:
     """Of the times between decoding steps: seconds of a step that reads no prompt, and of a token of a prompt."""
-    # Prompts are read between steps, some at a time: the quicker half of the steps has none to read.
+    # Prompts are read between steps, some at a time: most of the quicker steps have none to read.
     step = median(sorted(seconds)[: max(1, len(seconds) * 3 // 4)])
     return step, max(0.0, sum(seconds) - len(seconds) * step) / sum(map(len, prompts))
 
@@ -196,19 +201,24 @@ def _capture_all(
     settings: TargetSettings,
 ) -> list[float]:
     """Seconds of each decoding step, or of each reply that is only read."""
-    seconds: list[float] = []
-    tokens = 0
     with tempfile.TemporaryDirectory(prefix="true-kd-") as folder:
         cache = TargetCache(Path(folder), CacheIdentity({"rehearsal": True}, {}))
-        began = last = time.perf_counter()
         with closing(capture(teacher, asked, cache, options, settings, lengths)) as capturing:
-            for progress in capturing:
-                now = time.perf_counter()
-                if progress.tokens > tokens:
-                    seconds.append(now - last)
-                    last, tokens = now, progress.tokens
-                if now - began > _SECONDS:
-                    break
+            return _time_steps(progress.tokens for progress in capturing)
+
+
+def _time_steps(counts: Iterable[int]) -> list[float]:
+    """Seconds between the increases of a count, from 0 on; it is given up where it takes too long."""
+    seconds: list[float] = []
+    began = last = time.perf_counter()
+    reached = 0
+    for count in counts:
+        now = time.perf_counter()
+        if count > reached:
+            seconds.append(now - last)
+            last, reached = now, count
+        if now - began > _SECONDS:
+            break
     return seconds
 
 
@@ -227,6 +237,13 @@ class StudentWork:
     """As the whole student will find it."""
     budget: int
     """Bytes."""
+
+    @cached_property
+    def steps(self) -> list[list[list[Example]]]:
+        """The micro-batches of each training step."""
+        training = self.config.training
+        plan = Plan(self.train, training, self.config.losses, self.config.seed, self.room)
+        return [plan.parts(iteration) for iteration in range(1, training.iters + 1)]
 
 
 def rehearse_student(work: StudentWork) -> Costs:
@@ -285,17 +302,10 @@ def _perform_student(work: StudentWork, shallow: ModelOptions, lora: LoraOptions
 def _perform_answers(student: LanguageModel, work: StudentWork) -> dict[str, float]:
     """Seconds of a decoding step of a full batch, and of a token read."""
     options = work.config.capture.model_copy(update={"sampling_temperature": 0.0})
-    endless = _Endless(**{field.name: getattr(student, field.name) for field in fields(student)})
+    endless = _Endless.of(student)
     prompts, ends = work.checkable[: ROUNDS * options.batch_size], work.replies[: ROUNDS * options.batch_size]
-    seconds: list[float] = []
-    began = last = time.perf_counter()
     with closing(generate_replies(endless, prompts, options, [0] * len(prompts), ends)) as writing:
-        for _ in writing:
-            now = time.perf_counter()
-            seconds.append(now - last)
-            last = now
-            if now - began > _SECONDS:
-                break
+        seconds = _time_steps(number for number, _ in enumerate(writing, 1))
     step, prompt_token = _split(seconds, prompts)
     return {"step": step, "prompt_token": prompt_token}
 
@@ -304,9 +314,7 @@ def _perform_steps(work: StudentWork, student: LanguageModel) -> float:
     """Train on the largest micro-batch, for its memory, and some steps as they will come; seconds for a padded token of
     these."""
     config = work.config
-    plan = Plan(work.train, config.training, config.losses, config.seed, work.room)
-    parts = [part for iteration in range(1, config.training.iters + 1) for part in plan.parts(iteration)]
-    largest = max(parts, key=work.room.need_together)
+    largest = max((part for parts in work.steps for part in parts), key=work.room.need_together)
     alone = config.training.model_copy(update={"iters": 1, "batch_size": len(largest), "accumulate": 1})
     some = config.training.model_copy(update={"iters": min(STEPS, config.training.iters)})
     for examples, options, room in ((largest, alone, None), (work.train, some, work.room)):
