@@ -16,7 +16,7 @@ import numpy as np
 from true_kd import adapters
 from true_kd.errors import CacheError, InputError
 from true_kd.finding import FoundAdapter
-from true_kd.models import ModelOptions, card_base, check_safetensors, describe, layer_kinds, open_stored
+from true_kd.models import ModelOptions, card_base, describe, layer_kinds, open_stored
 
 
 class CannotExport(InputError):
@@ -113,9 +113,8 @@ def read_adapter(found: FoundAdapter) -> Adapter:
         when it is no LoRA or DoRA adapter, or the student is not there.
     """
     folder = found.folder
+    adapters.require_whole(folder)
     try:
-        adapters.check_adapter(folder)
-        check_safetensors(folder / adapters.WEIGHTS)
         tensors = {
             name: np.array(value.astype(mx.float32)) for name, value in mx.load(str(folder / adapters.WEIGHTS)).items()
         }
