@@ -27,7 +27,7 @@ from true_kd.evaluation import evaluate
 from true_kd.models import add_lora, open_model, open_tokenizer, release_memory
 from true_kd.teacher import Teacher, capture_domain
 from true_kd.training import train
-from true_kd.vocabulary import map_vocabulary
+from true_kd.vocabulary import require_match
 
 FULL = "full logits"
 SETTINGS: dict[str, dict[str, object]] = {
@@ -81,7 +81,7 @@ def captured_data(job: jobs.Job, teacher: Teacher, student) -> tuple[DomainData,
             job.targets = done.value
             break
     theirs = open_tokenizer(job.config.student, "student")
-    job.vocabulary = map_vocabulary(teacher.text.ids, theirs.ids, teacher.text.size, theirs.size, "match")
+    job.vocabulary = require_match(teacher.text.ids, theirs.ids, teacher.text.size, theirs.size)
     data = build_data(job, student)
     examples = [*data.train, *data.valid]
     return data, data.counts.cache_bytes / sum(len(example.response) for example in examples)

@@ -33,7 +33,7 @@ FLOORS = (
     ("proof",),
     ("fidelity", "budget", "gate", "stores"),
     ("capture", "training", "evaluation", "sizes"),
-    ("batching", "cache", "adapters", "weighting"),
+    ("batching", "cache", "adapters", "weighting", "alignment"),
     ("manifest", "examples"),
     ("losses", "models", "vocabulary", "shards", "layers", "starter"),
     ("prompts", "targets", "validation", "pocket", "memory", "locks"),

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 
 from true_kd.examples import Example
-from true_kd.losses import BatchTargets, HeadTargets, TokenTargets
+from true_kd.losses import BatchTargets, HeadTargets, RankedTargets, TokenTargets
 from true_kd.options import Options, PositiveInt
 from true_kd.targets import HiddenTargets, SparseTargets
 
@@ -153,9 +153,10 @@ def _lay_out(examples: Sequence[Example], temperature: float, weigh: Weigh, rows
         return mx.array(out)
 
     weights, logprobs = weigh(targets, temperature)
-    return TokenTargets(
+    entries = TokenTargets(
         ids=padded(np.maximum(targets.ids, 0), np.int32),
         weights=padded(weights, np.float32),
         logprobs=padded(logprobs, np.float32),
         exact=padded(targets.exact, np.bool_),
     )
+    return RankedTargets(entries) if targets.is_ranked else entries

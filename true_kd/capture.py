@@ -1,25 +1,27 @@
 """The teacher answers every prompt once; its distribution at each response token goes to the cache.
 
 Where a prompt brings a completion, the teacher scores that; elsewhere it writes the reply itself, in batches, and the
-distribution is taken from the very logits of the decoding steps (hidden states: from a second pass over the finished
-reply). What the cache holds already is not done again.
+distribution is taken from the very logits of the decoding steps (hidden states, and distributions for a student of
+another tokenizer: from a second pass over the finished reply). What the cache holds already is not done again.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import PurePath
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from true_kd.alignment import Aligner, Alignment
 from true_kd.cache import CacheIdentity, TargetCache, reply_key
 from true_kd.errors import ModelError
 from true_kd.examples import Rendered, render
 from true_kd.models import (
+    Branches,
     LanguageModel,
     ModelTokenizer,
     SamplingOptions,
@@ -64,20 +66,29 @@ class TeacherPrompt:
 
     rendered: Rendered
     key: str
+    text: str | None = None
+    """The whole text, where the data is plain text."""
 
 
-def teacher_identity(teacher: ModelTokenizer, settings: TargetSettings) -> CacheIdentity:
-    """What the targets of given tokens depend on."""
+def teacher_identity(
+    teacher: ModelTokenizer, settings: TargetSettings, alignment: Alignment | None = None
+) -> CacheIdentity:
+    """What the targets of given tokens depend on; `alignment` where they are in another vocabulary than the
+    teacher's."""
     is_folder = teacher.name.startswith(("/", "~", "."))
     name = PurePath(teacher.name).name if is_folder else teacher.name
-    return CacheIdentity({"teacher": teacher.digest, "targets": asdict(settings)}, {"teacher": name})
+    aligned = {} if alignment is None else {"alignment": alignment.facts}
+    return CacheIdentity({"teacher": teacher.digest, "targets": asdict(settings), **aligned}, {"teacher": name})
 
 
 def render_for(teacher: ModelTokenizer, prompts: Sequence[Prompt], options: CaptureOptions) -> list[TeacherPrompt]:
     """The prompts as the teacher's tokens, in order."""
     sampling = sampling_facts(teacher, options)
     rendered = [render(prompt, teacher.tokenizer, teacher.stop_ids, teacher.name) for prompt in prompts]
-    return [TeacherPrompt(item, reply_key(item.prompt, item.response, sampling)) for item in rendered]
+    return [
+        TeacherPrompt(item, reply_key(item.prompt, item.response, sampling), prompt.text)
+        for item, prompt in zip(rendered, prompts, strict=True)
+    ]
 
 
 def sampling_facts(teacher: ModelTokenizer, options: CaptureOptions) -> dict[str, Any]:
@@ -93,6 +104,7 @@ def capture(
     options: CaptureOptions,
     settings: TargetSettings,
     lengths: Mapping[str, int] | None = None,
+    aligner: Aligner | None = None,
 ) -> Iterator[CaptureProgress]:
     """Fill the cache with the replies it lacks, a shard at a time; yields after every decoding step.
 
@@ -100,7 +112,8 @@ def capture(
     logits of a reply differ in their last bits with its neighbours, and a capture that was killed has to go on as if
     it had not been.
 
-    `lengths` says, by key, where replies are cut; None stands for `options.max_tokens`.
+    `lengths` says, by key, where replies are cut; None stands for `options.max_tokens`. With an `aligner` the cache
+    gets the student's tokens of each reply, and targets in the student's vocabulary.
 
     Raises
     ------
@@ -111,7 +124,7 @@ def capture(
     asked = {prompt.key: prompt for prompt in prompts}
     missing = {key for key in asked if key not in cache}
     done, tokens, start = len(asked) - len(missing), 0, time.perf_counter()
-    scorer = _Scorer(teacher, settings)
+    scorer = _Scorer(teacher, settings) if aligner is None else _AlignedScorer(teacher, settings, aligner)
     if settings.kind == "hidden":
         cache.add_head(lambda path: save_head(teacher.module, path))
     yield CaptureProgress(done, len(asked), 0, 0.0)
@@ -133,7 +146,7 @@ def capture(
 def _all_replies(
     teacher: LanguageModel,
     prompts: Sequence[TeacherPrompt],
-    scorer: _Scorer,
+    scorer: _Scorer | _AlignedScorer,
     options: CaptureOptions,
     settings: TargetSettings,
     lengths: Mapping[str, int] | None,
@@ -146,7 +159,8 @@ def _all_replies(
     to_write = [item for item in prompts if item.rendered.response is None]
     if not to_write:
         return
-    recorder = _Recorder([item.key for item in to_write], settings) if settings.kind == "sparse" else None
+    at_once = isinstance(scorer, _Scorer) and settings.kind == "sparse"
+    recorder = _Recorder([item.key for item in to_write], settings) if at_once else None
     seeds = [seed_of(f"{options.seed} {item.key}") for item in to_write]
     openings = [item.rendered.prompt for item in to_write]
     ends = None if lengths is None else [lengths[item.key] for item in to_write]
@@ -264,6 +278,24 @@ class _Scorer:
         return _select_sparse(CachedReply(tokens, finished, targets, _all_of(tokens)), self._settings)
 
 
+class _AlignedScorer:
+    """The teacher's distribution along finished replies, in the vocabulary of a student of another tokenizer."""
+
+    def __init__(self, teacher: LanguageModel, settings: TargetSettings, aligner: Aligner) -> None:
+        self._module = teacher.module
+        self._split = split_head(teacher.module)
+        self._settings = settings
+        self._aligner = aligner
+
+    def score(self, item: TeacherPrompt, response: Sequence[int], finished: str) -> CachedReply:
+        opening = item.rendered.prompt
+        branches = Branches(self._module, [*opening, *response])
+        found = self._aligner.score(
+            self._split, branches, opening, (response, finished), item.key, self._settings, item.text
+        )
+        return _select_sparse(found, self._settings)
+
+
 def response_states(split: Split, item: TeacherPrompt, response: Sequence[int]) -> mx.array:
     """What enters the teacher's head where it predicts each token of a response to a prompt; [tokens, width]."""
     first = len(item.rendered.prompt) - 1
@@ -277,9 +309,9 @@ def _all_of(tokens: np.ndarray) -> np.ndarray:
 
 def _select(reply: CachedReply, entropies: np.ndarray, settings: TargetSettings) -> CachedReply:
     """The reply with the targets of its most uncertain tokens only: a share of them, one at least."""
-    count = max(1, round(settings.share * len(reply.tokens)))
-    kept = np.sort(np.argsort(-entropies, kind="stable")[:count]).astype(np.int32)
-    return CachedReply(reply.tokens, reply.finished, reply.targets.take(kept), kept)
+    count = max(1, round(settings.share * len(reply.kept)))
+    chosen = np.sort(np.argsort(-entropies, kind="stable")[:count])
+    return replace(reply, targets=reply.targets.take(chosen), kept=reply.kept[chosen])
 
 
 def _select_sparse(reply: CachedReply, settings: TargetSettings) -> CachedReply:

@@ -35,7 +35,7 @@ from true_kd.models import (
 )
 from true_kd.models.streaming import read_logits, stream_reply
 from true_kd.prompts import Prompt
-from true_kd.vocabulary import map_vocabulary
+from true_kd.vocabulary import require_match
 
 
 class NotTheBase(TrueKDError):
@@ -245,7 +245,7 @@ def _logprobs(logits: np.ndarray) -> np.ndarray:
 
 def _check_vocabularies(teacher: ModelTokenizer, student: ModelTokenizer) -> None:
     try:
-        map_vocabulary(teacher.ids, student.ids, teacher.size, student.size, "match")
+        require_match(teacher.ids, student.ids, teacher.size, student.size)
     except VocabularyError as error:
         raise VocabularyError(
             f"teacher {teacher.name} and student {student.name}: ids of theirs stand for different tokens, expected "

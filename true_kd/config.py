@@ -76,8 +76,12 @@ class RunConfig(Options):
     report_to: tuple[Literal["trackio", "tensorboard", "wandb", "swanlab", "mlflow"], ...] = ()
     """Experiment trackers that get curves, settings and proof: trackio, tensorboard, wandb, swanlab, mlflow. Each is
     an extra to install, such as true-kd[trackio]."""
-    vocab_strategy: VocabStrategy = "match"
-    """What to do when the vocabularies differ: match (refuse), truncate (keep common ids), project (map by token)."""
+    vocab_strategy: VocabStrategy = "auto"
+    """What to do when the vocabularies differ: auto (align), match (refuse), align (by the bytes of the text), project
+    (map by token text), uld (sorted probabilities, with losses.divergence total_variation), truncate (keep common ids,
+    where they agree)."""
+    force: bool = False
+    """Let vocab_strategy truncate pair ids that stand for different tokens."""
     memory_gb: float | None = Field(default=None, gt=0.0, le=1e6)
     """Memory in 10^9 bytes that the student's phase may take: a micro-batch that needs more is cut into parts, with the
     same gradient. null for most of what the machine has."""
@@ -124,6 +128,7 @@ SHORT_NAMES: Mapping[str, KeyPath] = {
     "prompts": ("prompts",),
     "control": ("control",),
     "vocab_strategy": ("vocab_strategy",),
+    "force": ("force",),
     "memory_gb": ("memory_gb",),
     "seed": ("seed",),
     "report_to": ("report_to",),

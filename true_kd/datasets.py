@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from true_kd.alignment import sum_up
 from true_kd.cache import TargetCache
 from true_kd.capture import TeacherPrompt
 from true_kd.errors import CacheError, InputError
@@ -71,6 +72,7 @@ def build_data(job: Job, student: LanguageModel) -> DomainData:
         differing_ids=job.vocabulary.differing,
         cache_bytes=targets.cache.size(keys),
         cache_tokens=targets.cache.stored_tokens(keys),
+        mapped=sum_up(replies.values(), job.alignment.way) if job.alignment else None,
     )
     train = weigh_tokens(examples["train"], splits["train"].used, config.losses.weigh_by)
     given = all(replies[prompt.key].finished == "given" for prompt in targets.valid)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from true_kd.alignment import Compatibility, MappedTargets
 from true_kd.budget import BudgetChoice
 from true_kd.capture import CaptureProgress
 from true_kd.config import RunConfig
@@ -30,6 +31,14 @@ class TeacherBusy:
 
     model: str
     holder: str
+
+
+@dataclass(frozen=True)
+class StudentUnknown:
+    """The student's tokenizer is not here: targets are captured in the teacher's vocabulary."""
+
+    domain: str
+    why: str
 
 
 @dataclass(frozen=True)
@@ -261,6 +270,8 @@ class AnalysisFinished:
     headrooms: Mapping[str, Headroom]
     """By domain, the most to gain first."""
     parents: Mapping[str, ParentComparison]
+    tokenizers: Mapping[str, tuple[Compatibility, MappedTargets]]
+    """Of domains whose teacher and student have different ones: how they go together."""
     failures: Mapping[str, Exception]
 
 
@@ -301,6 +312,7 @@ class RunFinished:
 Event = (
     TeacherOpening
     | TeacherBusy
+    | StudentUnknown
     | BudgetChosen
     | CacheDamaged
     | Captured

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from true_kd import adapters, prompts, stores
+from true_kd.alignment import Alignment
 from true_kd.cache import TargetCache
 from true_kd.capture import TeacherPrompt
 from true_kd.config import Override, RunConfig, load_config
@@ -114,6 +115,9 @@ class Job:
     """Of the teacher's files, as `student_digest` is of the student's."""
     student_digest: str = ""
     vocabulary: VocabularyMap | None = None
+    """From the ids of the targets to the student's."""
+    alignment: Alignment | None = None
+    """How targets come into the student's vocabulary, where the teacher's is another."""
     targets: CapturedTargets | None = None
     was_probed: bool = False
     """Whether teacher and student were compared before all was captured."""
@@ -165,14 +169,19 @@ class Job:
 
 def identifying_options(config: RunConfig) -> dict[str, Any]:
     """The options that an adapter depends on, besides its models and prompts: see `Job.run_digest`."""
-    return config.model_dump(
+    found = config.model_dump(
         mode="json",
         exclude={
             **dict.fromkeys(("out", "cache", "fresh", "isolate", "domains", "prompts", "memory_gb", "report_to"), True),
             **dict.fromkeys(("evaluation", "gate", "control", "report"), True),
             **{seam: {"model", "revision", "adapter"} for seam in ("teacher", "student")},
+            "force": True,
         },
     )
+    if found["vocab_strategy"] == "auto":
+        # What it comes to follows from the models: where these agree, to the same as this.
+        found["vocab_strategy"] = "match"
+    return found
 
 
 def choose_domains(

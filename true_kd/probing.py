@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 
 from true_kd import events
+from true_kd.alignment import Compatibility, MappedTargets, sum_up
 from true_kd.cache import TargetCache, reply_key
 from true_kd.capture import TeacherPrompt, capture, render_for, teacher_identity
 from true_kd.datasets import read_replies, sample_data
-from true_kd.errors import InputError, TrueKDError, let_go
+from true_kd.errors import InputError, TrueKDError, VocabularyError, let_go
 from true_kd.evaluation import exact_match, measure
 from true_kd.examples import Example, Rendered, make_example
 from true_kd.gate import Headroom, ParentComparison, check_sound, compare_with_parent, weigh_up
@@ -22,7 +23,7 @@ from true_kd.prompts import Prompt
 from true_kd.suggest import quote
 from true_kd.targets import TargetSettings
 from true_kd.teacher import Teacher, choose_targets, lacks_head, mend, teacher_answers
-from true_kd.vocabulary import map_vocabulary
+from true_kd.vocabulary import require_match
 
 _WORTHWHILE = 4
 """How many times the prompts of a probe must be left to capture for it to come first: it opens the teacher twice."""
@@ -118,10 +119,15 @@ def compare_with_parents(
     Raises
     ------
     VocabularyError
-        when the two do not mean the same by an id.
+        when the two do not mean the same by an id, or a student has another tokenizer.
     """
+    if any(job.alignment for job in jobs):
+        raise VocabularyError(
+            f"--parent: the replies of teacher {quote(teacher.options.model)} are kept in the tokens of a student of "
+            "another tokenizer, expected one of the teacher's family. Compare with --student set to the teacher."
+        )
     ids, theirs = parent.text, teacher.text
-    map_vocabulary(ids.ids, theirs.ids, ids.size, theirs.size, "match")
+    require_match(ids.ids, theirs.ids, ids.size, theirs.size)
     teacher.close()
     scored = {}
     for job in jobs:
@@ -159,7 +165,7 @@ class Sample:
     def __init__(self, job: Job, teacher: Teacher, settings: TargetSettings, count: int) -> None:
         self._job = job
         self._settings = settings
-        self._cache = TargetCache(job.config.cache_folder, teacher_identity(teacher.text, settings))
+        self._cache = TargetCache(job.config.cache_folder, teacher_identity(teacher.text, settings, job.alignment))
         self._prompts: list[Prompt] = list(job.valid_prompts[:count])
         self._asked: list[TeacherPrompt] = render_for(teacher.text, self._prompts, job.config.capture)
 
@@ -185,7 +191,10 @@ class Sample:
             yield events.TeacherOpening(self._job.config.teacher.model)
         config = self._job.config
         teacher.keep_stand_in(self._cache)
-        for progress in capture(teacher.open(), self._asked, self._cache, config.capture, self._settings):
+        aligner = teacher.aligner(self._job.alignment)
+        for progress in capture(
+            teacher.open(), self._asked, self._cache, config.capture, self._settings, aligner=aligner
+        ):
             yield events.Captured(self._job.domain, progress, is_probe=True)
 
     def _is_captured(self) -> bool:
@@ -220,6 +229,14 @@ class Sample:
             raise EmptySample(self._job.domain, len(self._prompts), config.training.max_seq_length)
         return found
 
+    def mapped(self, teacher: Teacher) -> tuple[Compatibility, MappedTargets] | None:
+        """How the tokenizers of teacher and student go together on the sample; None where they are one."""
+        aligner = teacher.aligner(self._job.alignment)
+        if aligner is None:
+            return None
+        replies = self._cache.read(dict.fromkeys(prompt.key for prompt in self._asked))
+        return aligner.compatibility, sum_up(replies.values(), aligner.way)
+
     def compare(self, student: LanguageModel, teacher: Teacher) -> Headroom:
         """What the student's scores on the replies say.
 
@@ -234,7 +251,8 @@ class Sample:
             raise EmptySample(self._job.domain, len(self._prompts), config.training.max_seq_length)
         scores = measure(student.module, examples, config.losses.final, config.training.batch_size)
         check_sound(scores, f"student {quote(config.student.model)}")
-        taught = teacher_answers(self._prompts, self._asked, self._cache, teacher.text, config.evaluation)
+        reader = teacher.reader(self._job.alignment)
+        taught = teacher_answers(self._prompts, self._asked, self._cache, reader, config.evaluation)
         checkable = [prompt for prompt in self._prompts if prompt.answer is not None]
         right = exact_match(student, checkable, config.capture, config.evaluation) if taught is not None else None
         return weigh_up(examples, scores, student.tokenizer, given, taught, right)

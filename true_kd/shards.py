@@ -48,7 +48,11 @@ class CachedReply:
     targets: TeacherTargets
     """Of M tokens."""
     kept: np.ndarray
-    """int32 [M], ascending: the tokens that the targets are of; all of them unless `targets.share` is below 1."""
+    """int32 [M], ascending: the tokens that the targets are of; all of them unless `targets.share` is below 1, or the
+    teacher cuts the text otherwise."""
+    account: np.ndarray | None = None
+    """float32 [ways], where the teacher's probability went that was mapped into the student's vocabulary: shares, means
+    over the tokens (`alignment.Account`); None where nothing had to be mapped."""
 
 
 def pack_replies(replies: Mapping[str, CachedReply]) -> bytes:
@@ -70,6 +74,10 @@ def pack_replies(replies: Mapping[str, CachedReply]) -> bytes:
     else:
         tensors["states"] = np.concatenate([item.targets.states for item in items])
         numbers["kind"], stored = "hidden", np.ones_like(mask)
+    accounts = [item.account for item in items if item.account is not None]
+    if accounts:
+        numbers["ways"] = len(accounts[0])
+        tensors["accounts"] = np.concatenate(accounts).astype(np.float16)
     if not mask.all():
         tensors["mask"] = pack_bits(mask, 1)
     if stored.any():
@@ -94,6 +102,8 @@ def _pack_sparse(targets: SparseTargets, numbers: dict[str, Any], tensors: dict[
         "draw_temperature": targets.draw_temperature,
         "threshold": targets.threshold,
     }
+    if targets.is_ranked:
+        numbers["ranked"] = 1
     tensors |= {
         "counts": pack_bits(counts, numbers["count_bits"]),
         "label_places": pack_bits(label_places, numbers["count_bits"]),
@@ -166,6 +176,9 @@ def unpack_replies(content: np.ndarray, keys: Iterable[str], head: TeacherHead |
     reader = _SparseReader(tensors, numbers) if numbers["kind"] == "sparse" else None
     if rows[-1] != (numbers["rows"] if reader else len(tensors["states"])):
         raise ValueError(f"targets of another number of tokens than {rows[-1]}")
+    accounts = tensors["accounts"].reshape(len(place), numbers["ways"]) if "accounts" in tensors else None
+    if accounts is not None and not np.isfinite(accounts).all():
+        raise ValueError("shares that are not finite numbers")
     found = {}
     for key in keys:
         index = place[key]
@@ -185,7 +198,8 @@ def unpack_replies(content: np.ndarray, keys: Iterable[str], head: TeacherHead |
             loose, first = np.ones(stop - start, dtype=bool), start
         if loose.any():
             tokens[loose] = unpack_bits(tensors["tokens"], numbers["token_bits"], first, int(loose.sum()))
-        found[key] = CachedReply(tokens, _FINISHED[int(finished[index])], targets, kept)
+        account = accounts[index].astype(np.float32) if accounts is not None else None
+        found[key] = CachedReply(tokens, _FINISHED[int(finished[index])], targets, kept, account)
     return found
 
 
@@ -231,6 +245,7 @@ class _SparseReader:
             draw_temperature=float(numbers["draw_temperature"]),
             threshold=float(numbers["threshold"]),
             vocab_size=limit,
+            is_ranked=bool(numbers.get("ranked", 0)),
         )
 
 

@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from true_kd import events
+from true_kd.alignment import Aligner, Alignment
 from true_kd.budget import Demand, choose_settings, demand_path, keep_demand, measure, read_demand, write_demand
 from true_kd.cache import TargetCache
 from true_kd.capture import CaptureOptions, TeacherPrompt, capture, render_for, teacher_identity
@@ -52,6 +53,7 @@ class Teacher:
         self.has_weights = bool(describe(options, "teacher").weights)
         """False for a teacher that only a cache knows: it says no more than it has said."""
         self._model: LanguageModel | None = None
+        self._aligners: dict[Alignment, Aligner] = {}
         self._lock = Lock(caches / f".lock-teacher-{self.text.digest[:16]}")
 
     def reserve(self) -> Generator[events.Event, None, None]:
@@ -81,6 +83,20 @@ class Teacher:
         if self._model is None:
             self._model = open_model(self.options, "teacher")
         return self._model
+
+    def aligner(self, alignment: Alignment | None) -> Aligner | None:
+        """What brings replies into the tokens of a student, made at the first call; None where nothing has to."""
+        if alignment is None:
+            return None
+        if alignment not in self._aligners:
+            student = open_tokenizer(alignment.student, "student")
+            self._aligners[alignment] = Aligner(alignment.way, self.text, student)
+        return self._aligners[alignment]
+
+    def reader(self, alignment: Alignment | None) -> ModelTokenizer:
+        """The tokenizer that reads the replies of a cache."""
+        aligner = self.aligner(alignment)
+        return self.text if aligner is None else aligner.student
 
     def keep_stand_in(self, cache: TargetCache) -> None:
         """Have a cache know all of the teacher but its weights."""
@@ -127,9 +143,10 @@ def choose_targets(
         yield events.BudgetChosen(choice)
         if teacher.has_weights:
             # It travels with the replies, so that the budget chooses the same where the teacher is not.
-            kept = TargetCache(shares[way].root, teacher_identity(teacher.text, choice.settings))
             name = demand_path(options, capturing, teacher.text, shares[way].root).name
-            kept.keep(name, partial(write_demand, demand=demand))
+            for alignment in {job.alignment for job in group if _way(job) == way}:
+                kept = TargetCache(shares[way].root, teacher_identity(teacher.text, choice.settings, alignment))
+                kept.keep(name, partial(write_demand, demand=demand))
         chosen.update({job.domain: choice.settings for job in group if _way(job) == way})
     return chosen
 
@@ -205,7 +222,7 @@ def capture_domain(
     """
     started = time.perf_counter()
     config = job.config
-    cache = TargetCache(config.cache_folder, teacher_identity(teacher.text, settings))
+    cache = TargetCache(config.cache_folder, teacher_identity(teacher.text, settings, job.alignment))
     train = render_for(teacher.text, job.train_prompts, config.capture)
     valid = render_for(teacher.text, job.valid_prompts, config.capture)
     asked = {prompt.key for prompt in (*train, *valid)}
@@ -227,7 +244,8 @@ def capture_domain(
         teacher.keep_stand_in(cache)
         # Before the replies: when all of them are there, the teacher is not opened again for it.
         keep_size()
-        for progress in capture(model, [*train, *valid], cache, config.capture, settings):
+        aligner = teacher.aligner(job.alignment)
+        for progress in capture(model, [*train, *valid], cache, config.capture, settings, aligner=aligner):
             yield events.Captured(job.domain, progress)
     else:
         teacher.keep_stand_in(cache)
@@ -239,7 +257,7 @@ def capture_domain(
         valid=valid,
         seconds=time.perf_counter() - started,
         peak_memory=mx.get_peak_memory() if needed else 0,
-        right=teacher_answers(job.valid_prompts, valid, cache, teacher.text, config.evaluation),
+        right=teacher_answers(job.valid_prompts, valid, cache, teacher.reader(job.alignment), config.evaluation),
         teacher_size=size,
     )
 
@@ -280,10 +298,11 @@ def teacher_answers(
     prompts: Sequence[Prompt],
     asked: Sequence[TeacherPrompt],
     cache: TargetCache,
-    teacher: ModelTokenizer,
+    reader: ModelTokenizer,
     evaluation: EvaluationOptions,
 ) -> np.ndarray | None:
-    """Which of the prompts with an answer the teacher's captured replies get right, bool [tasks].
+    """Which of the prompts with an answer the teacher's captured replies get right, bool [tasks]; `reader` has the
+    tokenizer that the cache holds them in.
 
     None where there are none, or the data wrote some of the replies itself.
     """
@@ -292,7 +311,7 @@ def teacher_answers(
     if not tasks or not evaluation.exact_match or any(reply.finished == "given" for reply in replies.values()):
         return None
     written = [replies[asked[at].key].tokens for _, at in tasks]
-    return right_answers([prompt for prompt, _ in tasks], written, teacher, evaluation)
+    return right_answers([prompt for prompt, _ in tasks], written, reader, evaluation)
 
 
 def _keep_size(

@@ -15,8 +15,9 @@ import numpy as np
 
 from true_kd.errors import VocabularyError
 
-VocabStrategy = Literal["match", "truncate", "project"]
-"""`match`: the maps must agree (default). `truncate`: keep the ids on which they agree. `project`: map by token."""
+VocabStrategy = Literal["auto", "match", "align", "uld", "truncate", "project"]
+"""`auto`: match where the maps agree, else align. `match`: the maps must agree. `align`, `uld`, `truncate`, `project`:
+see `true_kd.alignment`; `truncate` where the maps agree is `match`."""
 
 
 @dataclass(frozen=True)
@@ -28,53 +29,99 @@ class VocabularyMap:
     differing: int
     """How many ids stand for different tokens in the two vocabularies."""
 
+    @classmethod
+    def of_student(cls, size: int, differing: int) -> VocabularyMap:
+        """Of targets that are in the student's ids already."""
+        return cls(np.arange(size, dtype=np.int32), differing)
 
-def map_vocabulary(
-    teacher: Mapping[str, int],
-    student: Mapping[str, int],
-    teacher_size: int,
-    student_size: int,
-    strategy: VocabStrategy,
-) -> VocabularyMap:
-    """Compare two token-to-id maps and say where each teacher id goes.
+
+@dataclass(frozen=True)
+class Vocabularies:
+    """How the token-to-id maps of a teacher and a student compare."""
+
+    map: VocabularyMap
+    """Each id that stands for the same in both, or pads both heads, to itself."""
+    common: int
+    """Ids that both know."""
+    shared: int
+    """Those of them that stand for the same token."""
+    example: str
+    """The first id that does not, and its two tokens."""
+
+    @property
+    def agree(self) -> bool:
+        """Whether the maps agree wherever both know an id."""
+        return self.map.differing == 0 and self.shared > 0
+
+    def way(
+        self, strategy: VocabStrategy, force: bool = False
+    ) -> Literal["align", "uld", "truncate", "project"] | None:
+        """How targets come into the student's vocabulary; None where they are in it by themselves.
+
+        Raises
+        ------
+        VocabularyError
+            when the strategy takes maps that agree, and they do not.
+        """
+        if self.agree and strategy != "uld":
+            return None
+        if strategy == "match" or (strategy == "truncate" and not force):
+            raise VocabularyError(self._refusal(strategy))
+        return "align" if strategy == "auto" else strategy
+
+    def _refusal(self, strategy: str) -> str:
+        if not self.common:
+            found = "no common id"
+        else:
+            found = (
+                f"{self.map.differing:,} of {self.common:,} common ids stand for different tokens (the first is "
+                f"{self.example})"
+            )
+        force = ", or --force to pair unrelated tokens all the same" if strategy == "truncate" else ""
+        return (
+            f"teacher and student vocabularies: {found}, expected one map for --vocab-strategy {strategy}. Choose "
+            f"--vocab-strategy align, models of one family{force}."
+        )
+
+
+def compare_vocabularies(
+    teacher: Mapping[str, int], student: Mapping[str, int], teacher_size: int, student_size: int
+) -> Vocabularies:
+    """Compare two token-to-id maps, id by id.
 
     Parameters
     ----------
     teacher_size, student_size
         rows of the output heads, padding included. Padding ids are nobody's token; those both heads have go to
         themselves. A token that only one of the two knows goes nowhere.
+    """
+    teacher_tokens = {index: token for token, index in teacher.items()}
+    student_tokens = {index: token for token, index in student.items()}
+    common = teacher_tokens.keys() & student_tokens.keys()
+    different = sorted(index for index in common if teacher_tokens[index] != student_tokens[index])
+    ids = np.full(teacher_size, -1, dtype=np.int32)
+    for index in range(min(teacher_size, student_size)):
+        # The same token in both, or padding in both.
+        if teacher_tokens.get(index) == student_tokens.get(index):
+            ids[index] = index
+    first = next(iter(different), None)
+    example = "" if first is None else f"{first}: {teacher_tokens[first]!r} and {student_tokens[first]!r}"
+    return Vocabularies(VocabularyMap(ids, len(different)), len(common), len(common) - len(different), example)
+
+
+def require_match(
+    teacher: Mapping[str, int], student: Mapping[str, int], teacher_size: int, student_size: int
+) -> VocabularyMap:
+    """The map between vocabularies that must agree.
 
     Raises
     ------
     VocabularyError
-        under `match`, when an id stands for two different tokens; under the other strategies, when nothing is shared.
+        when they do not.
     """
-    teacher_tokens = {index: token for token, index in teacher.items()}
-    student_tokens = {index: token for token, index in student.items()}
-    shared = teacher_tokens.keys() & student_tokens.keys()
-    different = sorted(index for index in shared if teacher_tokens[index] != student_tokens[index])
-    if strategy == "match" and different:
-        first = different[0]
-        raise VocabularyError(
-            f"teacher and student vocabularies: {len(different):,} of {len(shared):,} common ids stand for different "
-            f"tokens (the first is {first}: {teacher_tokens[first]!r} and {student_tokens[first]!r}), expected one "
-            "map. Choose models of one family, or --vocab-strategy project to map by token text."
-        )
-    ids = np.full(teacher_size, -1, dtype=np.int32)
-    for index in range(teacher_size):
-        token = teacher_tokens.get(index)
-        if strategy == "project":
-            ids[index] = -1 if token is None else student.get(token, -1)
-        elif token == student_tokens.get(index):
-            # The same token in both, or padding in both.
-            ids[index] = index
-    ids[ids >= student_size] = -1
-    if not any(ids[index] >= 0 for index in teacher_tokens if index < teacher_size):
-        raise VocabularyError(
-            f"teacher and student vocabularies: no common token under --vocab-strategy {strategy}. "
-            "Choose models whose tokenizers are related."
-        )
-    return VocabularyMap(ids, len(different))
+    compared = compare_vocabularies(teacher, student, teacher_size, student_size)
+    compared.way("match")
+    return compared.map
 
 
 def align_vocab_sizes(

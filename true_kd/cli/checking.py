@@ -16,6 +16,7 @@ from true_kd.cli.flags import (
     ConfigFile,
     Domains,
     Everything,
+    Force,
     Prompts,
     Sets,
     Student,
@@ -43,6 +44,7 @@ def validate(
     prompts: Prompts = None,
     max_seq_length: Annotated[int | None, flag("max_seq_length", "--max-seq-length")] = None,
     vocab_strategy: Annotated[str | None, flag("vocab_strategy", "--vocab-strategy")] = None,
+    force: Force = False,
     sets: Sets = None,
     show: Annotated[
         int, typer.Option("--show", min=0, help="Training prompts of each domain to show as the student meets them.")
@@ -59,7 +61,7 @@ def validate(
     from true_kd.preflight import Sheet, examine, find_stray_configs, sum_up
 
     flags = {"teacher": teacher, "student": student, "prompts": prompts}
-    flags |= {"max_seq_length": max_seq_length, "vocab_strategy": vocab_strategy}
+    flags |= {"max_seq_length": max_seq_length, "vocab_strategy": vocab_strategy, "force": force or None}
     given, named = overrides(flags, sets), domain or []
     sheet, domains, told = Sheet(), [], set()
     try:

@@ -45,6 +45,7 @@ ReportTo = Annotated[
     list[str] | None,
     typer.Option("--report-to", metavar="NAME", help=describe_key(SHORT_NAMES["report_to"]), show_default=False),
 ]
+Force = Annotated[bool, typer.Option("--force", help=describe_key(("force",)))]
 Fresh = Annotated[bool, typer.Option("--fresh", help=describe_key(("fresh",)))]
 
 

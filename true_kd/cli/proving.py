@@ -30,11 +30,13 @@ from true_kd.cli.flags import (
 from true_kd.cli.output import say_json
 from true_kd.config import SHORT_NAMES, Override, load_config
 from true_kd.errors import InputError, TrueKDError, shared_exit_code
+from true_kd.suggest import percent
 from true_kd.validation import parse_override
 from true_kd.yaml_file import read_value
 
 if TYPE_CHECKING:
     from true_kd import events
+    from true_kd.alignment import Compatibility, MappedTargets
     from true_kd.gate import ParentComparison
 
 
@@ -92,6 +94,7 @@ def analyze(
     teacher: Teacher = None,
     student: Student = None,
     prompts: Prompts = None,
+    vocab_strategy: Annotated[str | None, flag("vocab_strategy", "--vocab-strategy")] = None,
     sample: Annotated[int, typer.Option("--sample", min=1, help="Held-out prompts of each domain to look at.")] = 32,
     parent: Annotated[
         str | None,
@@ -106,7 +109,8 @@ def analyze(
     from true_kd import events, jobs, pipeline
     from true_kd.console import headroom_table
 
-    given = overrides({"teacher": teacher, "student": student, "prompts": prompts}, sets)
+    flags = {"teacher": teacher, "student": student, "prompts": prompts, "vocab_strategy": vocab_strategy}
+    given = overrides(flags, sets)
     given.append(Override("--sample", ("gate", "prompts"), sample))
     domains = jobs.choose_domains(config, domain or [], everything, given)
     planned, failures = jobs.plan(config, domains, given)
@@ -118,6 +122,9 @@ def analyze(
             {
                 "domains": {name: asdict(headroom) for name, headroom in end.headrooms.items()},
                 "parents": {name: asdict(comparison) for name, comparison in end.parents.items()},
+                "tokenizers": {
+                    name: {**asdict(shared), **asdict(mapped)} for name, (shared, mapped) in end.tokenizers.items()
+                },
                 **_failed(end.failures),
             }
         )
@@ -125,6 +132,7 @@ def analyze(
     if end.headrooms:
         _print(headroom_table(end.headrooms))
         _say_headrooms(end)
+    _say_tokenizers(end.tokenizers)
     _say_parents(end.parents)
     return shared_exit_code(end.failures.values())
 
@@ -263,6 +271,24 @@ def _say_headrooms(end: events.AnalysisFinished) -> None:
             typer.echo(f"  most of the KL is at: {shown}")
         if headroom.first_miss is not None:
             typer.echo(f"  they first differ after {headroom.first_miss:.0%} of a reply (median)")
+
+
+def _say_tokenizers(tokenizers: Mapping[str, tuple[Compatibility, MappedTargets]]) -> None:
+    for name, (shared, mapped) in tokenizers.items():
+        typer.echo(
+            f"{name}: {shared.shared:,} tokens are in both vocabularies, "
+            f"{percent(shared.shared / shared.teacher_tokens)} of the teacher's {shared.teacher_tokens:,} and "
+            f"{percent(shared.shared / shared.student_tokens)} of the student's {shared.student_tokens:,}"
+        )
+        typer.echo(
+            f"  {mapped.way}: targets at {percent(mapped.positions)} of the student's tokens; of the teacher's "
+            f"probability {percent(mapped.matched)} goes to the same token, {percent(mapped.split)} to the first of "
+            f"several, {percent(mapped.chained)} to one that holds several of the teacher's"
+        )
+        typer.echo(
+            f"  {percent(mapped.unasked)} may belong to a longer token, {percent(mapped.merged)} cannot follow and "
+            f"{percent(mapped.nowhere)} has no counterpart"
+        )
 
 
 def _say_parents(parents: Mapping[str, ParentComparison]) -> None:

@@ -17,6 +17,7 @@ from true_kd.cli.flags import (
     ConfigFile,
     Domains,
     Everything,
+    Force,
     Fresh,
     Out,
     Prompts,
@@ -57,6 +58,7 @@ def distill(
     out: Out = None,
     control: Annotated[str | None, flag("control", "--control")] = None,
     vocab_strategy: Annotated[str | None, flag("vocab_strategy", "--vocab-strategy")] = None,
+    force: Force = False,
     seed: Annotated[int | None, flag("seed", "--seed")] = None,
     fresh: Fresh = False,
     report_to: ReportTo = None,
@@ -83,6 +85,7 @@ def distill(
         "out": out,
         "control": control,
         "vocab_strategy": vocab_strategy,
+        "force": force or None,
         "seed": seed,
         "fresh": fresh or None,
         "report_to": report_to or None,
@@ -95,16 +98,19 @@ def capture_command(
     everything: Everything = False,
     config: ConfigFile = None,
     teacher: Teacher = None,
+    student: Student = None,
     cache_bytes: Annotated[float | None, flag("cache_bytes", "--cache-bytes")] = None,
     cache_gb: Annotated[float | None, flag("cache_gb", "--cache-gb")] = None,
     prompts: Prompts = None,
+    vocab_strategy: Annotated[str | None, flag("vocab_strategy", "--vocab-strategy")] = None,
     as_json: AsJson = False,
     sets: Sets = None,
 ) -> int:
     """Let the teacher answer and fill the cache, without training: `distill` then finds all it needs there."""
     from true_kd import pipeline
 
-    flags = {"teacher": teacher, "cache_bytes": cache_bytes, "cache_gb": cache_gb, "prompts": prompts}
+    flags = {"teacher": teacher, "student": student, "cache_bytes": cache_bytes, "cache_gb": cache_gb}
+    flags |= {"prompts": prompts, "vocab_strategy": vocab_strategy}
     told: list[events.DomainCaptured | events.CaptureFinished] = []
     code = run_phase(pipeline.capture, config, domain or [], everything, overrides(flags, sets), as_json, told.append)
     if as_json:

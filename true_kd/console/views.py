@@ -54,6 +54,8 @@ class LineView:
                 self.say(f"{domain}: {file} was damaged or gone{lost}; what is needed of it is captured again")
             case events.TeacherBusy(model, holder):
                 self.say(f"teacher {model}: waiting for {holder}, which captures from it")
+            case events.StudentUnknown(domain, why):
+                self.say(f"{domain}: captured for students of the teacher's own tokenizer: {why}")
             case events.Captured(domain, progress, is_probe):
                 self.captured(f"{domain} probe" if is_probe else domain, progress)
             case events.CaptureReused(domain, replies):

@@ -5,7 +5,7 @@ response tokens go through the output head in chunks, and the teacher is sparse.
 """
 
 from true_kd.losses.dense import compute_ce_loss, compute_kd_loss
-from true_kd.losses.distributions import BatchTargets, HeadTargets, Softened, TokenTargets
+from true_kd.losses.distributions import BatchTargets, HeadTargets, RankedTargets, Softened, TokenTargets
 from true_kd.losses.divergences import DIVERGENCES, Divergence, ForwardKL
 from true_kd.losses.head import LossSums, chunks, head_losses, token_losses
 from true_kd.losses.options import LossOptions, Objective, WeighBy, chunk_rows
@@ -19,6 +19,7 @@ __all__ = [
     "LossOptions",
     "LossSums",
     "Objective",
+    "RankedTargets",
     "Softened",
     "TokenTargets",
     "WeighBy",

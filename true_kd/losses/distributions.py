@@ -49,6 +49,11 @@ class Softened:
         return mx.take_along_axis(self._logits, ids, axis=-1) * (1.0 / self._temperature) - self._normaliser
 
     @property
+    def order(self) -> Int[mx.array, "rows vocab"]:
+        """The ids of each token, the most likely first."""
+        return mx.argsort(-self._logits, axis=-1)
+
+    @property
     def logprobs(self) -> Float[mx.array, "rows vocab"]:
         """Log-probabilities of every id."""
         return self._logits * (1.0 / self._temperature) - self._normaliser
@@ -140,6 +145,40 @@ class TokenTargets:
         return mx.take_along_axis(self.ids, mx.argmax(entries, axis=-1, keepdims=True), axis=-1)[:, 0]
 
 
+@dataclass(frozen=True)
+class RankedTargets:
+    """A teacher of whom only the probabilities are known, from the largest down, not whose they are."""
+
+    ranks: TokenTargets
+    """With ranks for ids."""
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """All arrays, in the order that `with_arrays` takes them."""
+        return self.ranks.arrays
+
+    def with_arrays(self, arrays: Sequence[mx.array]) -> RankedTargets:
+        """Targets of other arrays."""
+        return RankedTargets(TokenTargets(*arrays))
+
+    def rows(self, start: int, stop: int) -> RankedTargets:
+        """The targets of a slice of the tokens."""
+        return RankedTargets(self.ranks.rows(start, stop))
+
+    def compare(self, student: Softened, divergence: Divergence) -> Comparison:
+        """The divergence between both distributions once each is sorted.
+
+        Of total variation twice this is the Wasserstein distance of the Universal Logit Distillation loss (Boizard et
+        al., 2024, arXiv:2402.12030, equation 4).
+        """
+        ids = mx.take_along_axis(student.order, self.ranks.ids, axis=-1)
+        return replace(self.ranks, ids=ids).compare(student, divergence)
+
+    def best(self) -> Int[mx.array, " rows"]:
+        """The token of the text: which one the teacher finds most likely is not known."""
+        return self.ranks.ids[:, 0]
+
+
 _LEAST_REST = 1e-6
 """Of the distribution outside the exact entries: less is rounding."""
 
@@ -190,5 +229,5 @@ class HeadTargets:
         return mx.concatenate([self._logprobs, mx.full((self._logprobs.shape[0], missing), -mx.inf)], axis=-1)
 
 
-BatchTargets = TokenTargets | HeadTargets
+BatchTargets = TokenTargets | RankedTargets | HeadTargets
 """The teacher at the counted tokens of a batch."""

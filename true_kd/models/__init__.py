@@ -4,6 +4,7 @@ Nothing outside this package imports `mlx_lm`, which changes often and takes nea
 imports of `mlx_lm` stand in the functions that need them.
 """
 
+from true_kd.models.branching import Branches
 from true_kd.models.finite import is_finite
 from true_kd.models.fusing import fuse_layers, layer_kinds, save_model
 from true_kd.models.generation import (
@@ -62,6 +63,7 @@ from true_kd.models.text import token_pieces
 __all__ = [
     "STAND_IN",
     "TEXT_FILES",
+    "Branches",
     "DecodingStep",
     "HubAccess",
     "LanguageModel",

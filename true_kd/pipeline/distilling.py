@@ -8,7 +8,7 @@ from pathlib import Path
 
 from true_kd import events, reporting
 from true_kd.checkpoints import clean_up
-from true_kd.errors import EnvironmentProblem, TrueKDError
+from true_kd.errors import EnvironmentProblem, ModelError, TrueKDError
 from true_kd.files import make_folder
 from true_kd.jobs import Job
 from true_kd.models import release_memory
@@ -91,7 +91,21 @@ def capture(jobs: Sequence[Job], failures: Mapping[str, TrueKDError] | None = No
     done: list[str] = []
     jobs, refused = sift(jobs, failures or {}, find_job_teacher)
     look = Look()
-    jobs, refused = sift(jobs, refused, lambda job: look.at(job, job.teacher.options, "teacher"))
+    unknown: dict[str, str] = {}
+
+    def prepare(job: Job) -> None:
+        look.at(job, job.teacher.options, "teacher")
+        try:
+            paired = look.pair(job.teacher.options, job.config, download=False)
+        except ModelError as error:
+            # It may be on another machine: what is captured then fits students of the teacher's tokenizer.
+            unknown[job.domain] = str(error)
+        else:
+            job.vocabulary, job.alignment = paired.vocabulary, paired.alignment
+
+    jobs, refused = sift(jobs, refused, prepare)
+    for domain, why in unknown.items():
+        yield events.StudentUnknown(domain, why)
     for domain, error in refused.items():
         yield ledger.failed(domain, error)
     for group in group_by_teacher(jobs):

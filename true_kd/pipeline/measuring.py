@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 import mlx.core as mx
 
 from true_kd import events, reporting
+from true_kd.alignment import Compatibility, MappedTargets
 from true_kd.errors import TrueKDError, portable
 from true_kd.files import make_folder
 from true_kd.gate import Headroom, ParentComparison
@@ -95,6 +96,7 @@ def analyze(
     ledger = Ledger()
     headrooms: dict[str, Headroom] = {}
     parents: dict[str, ParentComparison] = {}
+    tokenizers: dict[str, _Tokenizers] = {}
     jobs, refused = identify_jobs(jobs, failures or {})
     if parent is not None:
         # Before the teacher has worked for a comparison that cannot be.
@@ -105,20 +107,22 @@ def analyze(
         for job in group:
             make_folder(job.config.cache_folder)
         try:
-            compared, with_parents = yield from _compare_apart(group, jobs, parent)
+            compared, with_parents, theirs = yield from _compare_apart(group, jobs, parent)
         except DEATHS as error:
-            compared, with_parents = {job.domain: error for job in group}, {}
+            compared, with_parents, theirs = {job.domain: error for job in group}, {}, {}
         parents |= with_parents
+        tokenizers |= theirs
         for domain, found in compared.items():
             if isinstance(found, Exception):
                 yield ledger.failed(domain, found)
             else:
                 headrooms[domain] = found
     ranked = dict(sorted(headrooms.items(), key=lambda item: -item[1].kl.value))
-    yield events.AnalysisFinished(ranked, parents, ledger.failures)
+    yield events.AnalysisFinished(ranked, parents, tokenizers, ledger.failures)
 
 
-_Compared = tuple[dict[str, Headroom | Exception], dict[str, ParentComparison]]
+_Tokenizers = tuple[Compatibility, MappedTargets]
+_Compared = tuple[dict[str, Headroom | Exception], dict[str, ParentComparison], dict[str, _Tokenizers]]
 
 
 def _compare_apart(
@@ -135,7 +139,8 @@ def _compare_apart(
 def compare_group(
     group: Sequence[Job], everyone: Sequence[Job], parent: str | None
 ) -> Generator[events.Event, None, _Compared]:
-    """Compare a teacher with the students of its jobs and, where one is named, with its parent; by domain."""
+    """Compare a teacher with the students of its jobs and, where one is named, with its parent; by domain. The last are
+    the tokenizers of those that have different ones."""
     set_guards(budget_bytes(None))
     options, cache_folder = group[0].teacher.options, group[0].config.cache_folder
     parents: dict[str, ParentComparison] = {}
@@ -148,7 +153,9 @@ def compare_group(
         if teacher.close():
             yield events.TeacherFreed(mx.get_active_memory())
         compared |= yield from compare_samples(ready, samples, teacher)
-    return {name: portable(each) if isinstance(each, Exception) else each for name, each in compared.items()}, parents
+        mapped = {job.domain: samples[job.domain].mapped(teacher) for job in ready}
+    told = {name: portable(each) if isinstance(each, Exception) else each for name, each in compared.items()}
+    return told, parents, {domain: found for domain, found in mapped.items() if found is not None}
 
 
 def _parent_of(teacher: ModelOptions, parent: str) -> ModelOptions:

@@ -12,6 +12,8 @@ from typing import Any
 import mlx.core as mx
 
 from true_kd import events
+from true_kd.alignment import Pairing, pair
+from true_kd.config import RunConfig
 from true_kd.errors import InputError, TrueKDError, let_go, told_plainly
 from true_kd.examples import render
 from true_kd.files import make_folder, remove, remove_temporaries
@@ -19,7 +21,7 @@ from true_kd.gate import NothingToTeach
 from true_kd.jobs import Job, find_teacher, refuse
 from true_kd.locks import Lock, check_free, hold
 from true_kd.memory import budget_bytes, set_guards
-from true_kd.models import ModelOptions, check_keys, describe, open_skeleton, open_tokenizer
+from true_kd.models import ModelOptions, check_keys, describe, open_skeleton, open_tokenizer, open_tokenizer_here
 from true_kd.pipeline.apart import Phase, run_apart
 from true_kd.probing import probe
 from true_kd.reporting import KDResult
@@ -27,7 +29,7 @@ from true_kd.status import FILE, LOCK
 from true_kd.suggest import quote
 from true_kd.targets import TargetSettings
 from true_kd.teacher import Teacher, WeightsWanted, capture_domain, choose_targets
-from true_kd.vocabulary import VocabStrategy, VocabularyMap, map_vocabulary
+from true_kd.vocabulary import VocabStrategy
 
 
 class Ledger:
@@ -90,15 +92,11 @@ def identify_jobs(jobs: Sequence[Job], failures: Mapping[str, TrueKDError]) -> t
     # Domains mostly share their models: each is looked at once, and each pair of vocabularies compared once.
     look = Look()
 
-    @cache
-    def vocabulary(teacher: ModelOptions, student: ModelOptions, strategy: VocabStrategy) -> VocabularyMap:
-        ours, theirs = look.tokenizer(teacher, "teacher"), look.tokenizer(student, "student")
-        return map_vocabulary(ours.ids, theirs.ids, ours.size, theirs.size, strategy)
-
     def identify(job: Job) -> None:
         teacher, student = job.teacher.options, job.config.student
         job.teacher_digest, job.student_digest = look.at(job, teacher, "teacher"), look.at(job, student, "student")
-        job.vocabulary = vocabulary(teacher, student, job.config.vocab_strategy)
+        paired = look.pair(teacher, job.config)
+        job.vocabulary, job.alignment = paired.vocabulary, paired.alignment
         if job.config.lora.keys is not None:
             check_keys(look.skeleton(student, "student"), job.config.lora)
 
@@ -112,6 +110,28 @@ class Look:
         self.tokenizer = cache(open_tokenizer)
         self.skeleton = cache(open_skeleton)
         self._describe = cache(describe)
+        self._pair = cache(self._pair_once)
+
+    def pair(self, teacher: ModelOptions, config: RunConfig, download: bool = True) -> Pairing:
+        """How the tokenizers of a teacher and a config's student go together.
+
+        Raises
+        ------
+        InputError
+            when the two vocabularies, or the options, do not allow it.
+        ModelError
+            when there is no such student; without `download` also when it is not on this disk.
+        """
+        found = self._pair(teacher, config.student, config.vocab_strategy, config.force, download)
+        found.check(config.targets, config.losses)
+        return found
+
+    def _pair_once(
+        self, teacher: ModelOptions, student: ModelOptions, strategy: VocabStrategy, force: bool, download: bool
+    ) -> Pairing:
+        theirs = self.tokenizer(teacher, "teacher")
+        ours = self.tokenizer(student, "student") if download else open_tokenizer_here(student, "student")
+        return pair(theirs, ours, student, strategy, force)
 
     def at(self, job: Job, options: ModelOptions, seam: str) -> str:
         """The digest of a model that mlx-lm can build of its files, and whose template takes a job's first prompts.

@@ -223,6 +223,8 @@ def _forecast_domain(job: Job, group: Sequence[Job], looks: _Looks, with_probe: 
         domain.notes.append("no example is left to train or to validate on: the run will refuse this domain")
     if config.targets.has_budget and missing and not known:
         domain.notes.append("the budget on disk sets the threshold once the teacher has answered a few prompts")
+    if job.alignment:
+        domain.notes.append("the teacher reads each reply again for a student of another tokenizer: not in the time")
     arms = 2 if config.control != "none" else 1
     return DomainForecast(
         domain=job.domain,
@@ -255,7 +257,7 @@ def _look_at(job: Job, group: Sequence[Job], looks: _Looks) -> _Domain:
     teacher = looks.teacher(job.teacher.options, job.config.cache_folder)
     student = looks.tokenizer(job.config.student, "student")
     settings = _settings(job, group, teacher)
-    cached = TargetCache(job.config.cache_folder, teacher_identity(teacher.text, settings))
+    cached = TargetCache(job.config.cache_folder, teacher_identity(teacher.text, settings, job.alignment))
     train = render_for(teacher.text, job.train_prompts, job.config.capture)
     valid = render_for(teacher.text, job.valid_prompts, job.config.capture)
     lengths = find_lengths(job, cached, train, valid, student, settings)

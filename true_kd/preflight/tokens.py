@@ -9,6 +9,7 @@ from functools import cache
 import numpy as np
 
 from true_kd import stores
+from true_kd.alignment import Aligner, Alignment, Pairing, pair
 from true_kd.cache import CacheIdentity, TargetCache
 from true_kd.capture import TeacherPrompt, render_for, teacher_identity
 from true_kd.config import RunConfig
@@ -29,7 +30,7 @@ from true_kd.prompts import Prompt
 from true_kd.shards import CachedReply
 from true_kd.suggest import percent, quote
 from true_kd.targets import HiddenTargets
-from true_kd.vocabulary import VocabStrategy, VocabularyMap, map_vocabulary
+from true_kd.vocabulary import VocabStrategy, VocabularyMap
 
 
 class Models:
@@ -37,11 +38,15 @@ class Models:
 
     def __init__(self) -> None:
         self.open = cache(open_tokenizer_here)
-        self.map = cache(self._map)
+        self.pair = cache(self._pair)
+        self.aligner = cache(self._aligner)
 
-    def _map(self, teacher: ModelOptions, student: ModelOptions, strategy: VocabStrategy) -> VocabularyMap:
-        ours, theirs = self.open(teacher, "teacher"), self.open(student, "student")
-        return map_vocabulary(ours.ids, theirs.ids, ours.size, theirs.size, strategy)
+    def _pair(self, teacher: ModelOptions, student: ModelOptions, strategy: VocabStrategy, force: bool) -> Pairing:
+        return pair(self.open(teacher, "teacher"), self.open(student, "student"), student, strategy, force)
+
+    def _aligner(self, teacher: ModelOptions, alignment: Alignment) -> Aligner:
+        theirs, ours = self.open(teacher, "teacher"), self.open(alignment.student, "student")
+        return Aligner(alignment.way, theirs, ours)
 
     def try_open(self, options: ModelOptions, seam: str, sheet: Sheet) -> ModelTokenizer | None:
         """A tokenizer, or None and a note."""
@@ -86,15 +91,18 @@ def check_tokens(
     """Note what is wrong with prompts as tokens; returns how many there are, and the first of them to look at."""
     met = [Met(prompt) for prompt in (*train, *valid)]
     student = models.try_open(config.student, "student", sheet)
-    teacher, vocabulary = _open_teacher(config, models, student, sheet)
+    teacher, paired = _open_teacher(config, models, student, sheet)
+    aligner = None
     if teacher is not None:
+        if paired and paired.alignment:
+            aligner = models.aligner(find_teacher(config).options, paired.alignment)
         _ask(met, teacher, config, sheet)
-        _look_up(met, teacher, config, sheet)
+        _look_up(met, teacher, aligner, config, paired, sheet)
     elif student is not None:
         _assume(met, student, config, sheet)
     tally = _Tally()
     if student is not None:
-        vocabulary = vocabulary or VocabularyMap(np.arange(student.size, dtype=np.int32), 0)
+        vocabulary = paired.vocabulary if paired else VocabularyMap.of_student(student.size, 0)
         for one in met:
             if not _lay_out(one, student, vocabulary, config, tally, sheet):
                 break
@@ -102,7 +110,7 @@ def check_tokens(
         if config.evaluation.exact_match:
             _check_answers(valid, student, config, sheet)
     if teacher is not None:
-        _check_replies(met, teacher, config, sheet)
+        _check_replies(met, aligner.student if aligner else teacher, config, sheet)
     counts = Counts(
         train_prompts=len(train),
         valid_prompts=len(valid),
@@ -118,8 +126,8 @@ def check_tokens(
 
 def _open_teacher(
     config: RunConfig, models: Models, student: ModelTokenizer | None, sheet: Sheet
-) -> tuple[ModelTokenizer | None, VocabularyMap | None]:
-    """The teacher's tokenizer and how its ids become the student's, each as far as it is there."""
+) -> tuple[ModelTokenizer | None, Pairing | None]:
+    """The teacher's tokenizer and how it goes with the student's, each as far as it is there."""
     try:
         source = find_teacher(config)
     except TrueKDError as error:
@@ -130,18 +138,20 @@ def _open_teacher(
         sheet.not_checked("whether the vocabularies of teacher and student agree: it takes both tokenizers.")
         return teacher and replace(teacher, name=source.name), None
     try:
-        vocabulary = models.map(source.options, config.student, config.vocab_strategy)
+        paired = models.pair(source.options, config.student, config.vocab_strategy, config.force)
+        paired.check(config.targets, config.losses)
     except TrueKDError as error:
         sheet.refused("vocabulary", error)
         return replace(teacher, name=source.name), None
-    if vocabulary.differing:
+    if paired.alignment:
         sheet.warning(
             "vocabulary",
-            f"teacher {quote(source.name)} and student {quote(config.student.model)}: {vocabulary.differing:,} ids "
-            f"stand for different tokens, expected none; vocab_strategy {config.vocab_strategy} sends the others "
-            "where they belong. Models of one family lose nothing.",
+            f"teacher {quote(source.name)} and student {quote(config.student.model)}: {paired.vocabulary.differing:,} "
+            f"ids stand for different tokens, expected none; vocab_strategy {paired.alignment.way} maps the teacher's "
+            "distribution into the student's vocabulary. `true-kd analyze` shows how well; models of one family lose "
+            "nothing.",
         )
-    return replace(teacher, name=source.name), vocabulary
+    return replace(teacher, name=source.name), paired
 
 
 def _ask(met: Sequence[Met], teacher: ModelTokenizer, config: RunConfig, sheet: Sheet) -> None:
@@ -156,10 +166,17 @@ def _ask(met: Sequence[Met], teacher: ModelTokenizer, config: RunConfig, sheet: 
                 return
 
 
-def _look_up(met: Sequence[Met], teacher: ModelTokenizer, config: RunConfig, sheet: Sheet) -> None:
+def _look_up(
+    met: Sequence[Met],
+    teacher: ModelTokenizer,
+    aligner: Aligner | None,
+    config: RunConfig,
+    paired: Pairing | None,
+    sheet: Sheet,
+) -> None:
     """Read the replies that the cache holds; it is neither made nor touched."""
     try:
-        store = _find_cache(teacher, config)
+        store = _find_cache(teacher, config, paired.alignment if paired else None)
         there = [one for one in met if store and one.asked and one.asked.key in store]
         replies = store.read(dict.fromkeys(one.asked.key for one in there), note_use=False) if there else {}
     except TrueKDError as error:
@@ -169,20 +186,25 @@ def _look_up(met: Sequence[Met], teacher: ModelTokenizer, config: RunConfig, she
         one.reply, one.is_cached = replies[one.asked.key], True
     for one in met:
         if one.reply is None and one.asked and one.asked.rendered.response is not None:
-            one.reply = _without_targets(one.asked.rendered.response)
+            rendered = one.asked.rendered
+            tokens = rendered.response
+            if aligner is not None:
+                tokens = aligner.retell(tokens, rendered.prompt, one.asked.text).ours
+            one.reply = _without_targets(tokens)
 
 
-def _find_cache(teacher: ModelTokenizer, config: RunConfig) -> TargetCache | None:
+def _find_cache(teacher: ModelTokenizer, config: RunConfig, alignment: Alignment | None) -> TargetCache | None:
     """The cache that a run would use; None where a budget has not chosen one yet, or may choose any of several."""
     options, root = config.targets, config.cache_folder
     if not options.has_budget:
-        return TargetCache(root, teacher_identity(teacher, options.settings))
+        return TargetCache(root, teacher_identity(teacher, options.settings, alignment))
     wanted = {name: getattr(options.settings, name) for name in ("kind", "share", "draw_temperature")}
     found = [
         store
         for store in (stores.scan(root).stores if root.is_dir() else ())
         if store.is_current
         and store.identity.get("teacher") == teacher.digest
+        and store.identity.get("alignment") == (alignment.facts if alignment else None)
         and all(store.settings.get(name) == value for name, value in wanted.items())
     ]
     if len(found) != 1:

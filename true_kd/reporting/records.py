@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import field
 
+from true_kd.alignment import MappedTargets
 from true_kd.evaluation import EvalMetrics
 from true_kd.fidelity import Fidelity
 from true_kd.options import record
@@ -46,6 +47,8 @@ class DataCounts:
     """Size of the cache files that hold the domain's targets."""
     cache_tokens: int = 0
     """Response tokens in those files, of other domains as well where they share one."""
+    mapped: MappedTargets | None = None
+    """Where teacher and student have different tokenizers: how the targets came into the student's vocabulary."""
 
 
 @record

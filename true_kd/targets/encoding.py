@@ -34,6 +34,7 @@ def encode(
     labels: Int[mx.array, " tokens"],
     uniforms: np.ndarray,
     settings: TargetSettings,
+    is_ranked: bool = False,
 ) -> SparseTargets:
     """Compress the teacher's logits at some tokens.
 
@@ -46,6 +47,8 @@ def encode(
     uniforms
         float [tokens] in [0, 1): the random start of each token's systematic sample. The caller derives them from
         what is encoded, so that the same tokens always give the same targets.
+    is_ranked
+        whether the logits are those of ranks, not of tokens.
 
     Raises
     ------
@@ -87,6 +90,7 @@ def encode(
         draw_temperature=settings.draw_temperature,
         threshold=settings.threshold,
         vocab_size=logits.shape[1],
+        is_ranked=is_ranked,
     )
 
 

@@ -45,7 +45,10 @@ class SparseTargets:
     threshold: float
     """The share of the distribution that one draw stands for where the tail is smaller than it."""
     vocab_size: int
-    """Of the teacher."""
+    """Of the teacher; of the student where the targets were made in its vocabulary."""
+    is_ranked: bool = False
+    """Whether an id is no token but a rank: that of the teacher's most likely token is 0. The first entry of a row is
+    then the one whose number is the realised token's."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

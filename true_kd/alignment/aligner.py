@@ -1,0 +1,413 @@
+"""The teacher's distribution over the student's next token, where the two have different tokenizers.
+
+Both tokenizers' tokens of one text are laid side by side by the bytes they spell. Where a student's token begins, the
+teacher gives a distribution over its own tokens; each of these is the beginning of a text, and the student's first
+token of that text gets its probability. Four cases:
+
+- The student writes the teacher's token as one token of its own, or as several: the (first) token gets it.
+- The student's token holds several of the teacher's: the product of their conditional probabilities, as in approximate
+  likelihood matching (Minixhofer et al., 2025, arXiv:2503.20083). Along the text itself these are at hand. Another
+  beginning that may become a longer token of the student's is *asked about*: the teacher reads it and says how it goes
+  on, down to beginnings less likely than `LEAST`. Only tokens that the teacher lacks are worth asking about: those that
+  it has, it would have written at once.
+- The student's token begins inside one of the teacher's: of the teacher's tokens there, those that agree with the text
+  so far (Phan et al., 2024, arXiv:2410.09303), renormalised.
+- A beginning that the student would have drawn into its token before cannot follow that token: it is left out, and the
+  rest renormalised. Without this a teacher of letters teaches a student of words to spell.
+
+All probability is accounted for: `Account` says how much went each way. What the result is not: it takes the teacher's
+own way of cutting a text for the only one, and the student's cut of a beginning for that of every text with it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Literal
+
+import numpy as np
+
+from true_kd.alignment.spelling import Spelling
+
+Way = Literal["align", "uld", "truncate", "project"]
+"""How the teacher's distribution comes into the student's vocabulary. `align`: see above. `uld`: its probabilities
+alone, sorted (Boizard et al., 2024, arXiv:2402.12030). `truncate`: id by id, whatever they stand for. `project`: each
+token to the one of the same spelling, and those without are dropped."""
+
+LEAST = 0.01
+"""Probability from which on a beginning is asked about; see `scripts/bench_cross_tokenizer.py`."""
+LOOKED_AT = 0.001
+"""Probability from which on a token is decided by itself; others go to the first token that the student writes them
+with."""
+DEEPEST = 8
+"""Teacher's tokens that are asked about one after the other, at most."""
+
+Asked = list[tuple[int, tuple[int, ...]]]
+"""Places in the text, as teacher's tokens before them, and what shall follow there instead."""
+Answers = Sequence[np.ndarray]
+"""Probabilities of the teacher's next token, one array an asked beginning."""
+
+
+@dataclass
+class Account:
+    """Where the teacher's probability went at one of the student's tokens; shares that add up to 1."""
+
+    matched: float = 0.0
+    """To a token of the student's that spells the same."""
+    split: float = 0.0
+    """To the first of several tokens that the student spells it with."""
+    chained: float = 0.0
+    """To tokens that hold several of the teacher's."""
+    unasked: float = 0.0
+    """To the token that the student writes a beginning with, though a longer one might have followed."""
+    merged: float = 0.0
+    """To nothing: the student would have drawn it into its token before."""
+    nowhere: float = 0.0
+    """To nothing: special tokens that the student has no counterpart of, and padding."""
+
+    def add(self, way: str, mass: float) -> None:
+        """Count a share."""
+        setattr(self, way, getattr(self, way) + mass)
+
+    def __iadd__(self, other: Account) -> Account:
+        for name, mass in vars(other).items():
+            self.add(name, mass)
+        return self
+
+    def shares(self, places: int) -> np.ndarray:
+        """float32 [ways], the means over so many places."""
+        return np.array(list(vars(self).values()), dtype=np.float32) / max(places, 1)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one of the student's tokens begins in the teacher's text."""
+
+    index: int
+    """Which of the student's tokens."""
+    before: int
+    """Teacher's tokens that end there or before."""
+    inside: bytes
+    """What of the teacher's next token the student has written by then; empty where both begin a token."""
+    ahead: bytes
+    """What the student's token spells before the teacher's first, such as the space that SentencePiece adds."""
+
+
+class Tables:
+    """What two spellings say about each other, once for all texts."""
+
+    def __init__(self, teacher: Spelling, student: Spelling, stop_id: int | None) -> None:
+        """`stop_id` is what the student ends a reply with."""
+        self.teacher = teacher
+        self.student = student
+        self.stop_id = stop_id
+
+    @cached_property
+    def first(self) -> np.ndarray:
+        """int32 [teacher ids], the student's first token of what each spells, -1 for none."""
+        found = np.full(self.teacher.model.size, -1, dtype=np.int32)
+        for index, piece in enumerate(self.teacher.pieces):
+            if piece:
+                found[index] = self.first_of(piece)
+        names = {name: index for index, name in self.student.special.items()}
+        for index, name in self.teacher.special.items():
+            if index < len(found):
+                found[index] = names.get(name, -1)
+        for index in self.teacher.model.stop_ids:
+            if self.stop_id is not None and index < len(found):
+                found[index] = self.stop_id
+        return found
+
+    @cached_property
+    def same(self) -> np.ndarray:
+        """int32 [teacher ids], the student's token of the same spelling, -1 for none; of special ones as in `first`."""
+        ids = self.student.ids
+        return np.array(
+            [ids.get(piece, -1) if piece else self.first[at] for at, piece in enumerate(self.teacher.pieces)],
+            dtype=np.int32,
+        )
+
+    def first_of(self, text: bytes) -> int:
+        """The first token that the student writes a beginning with, -1 for none."""
+        tokens = self.student.split(text)
+        return tokens[0] if tokens else -1
+
+    @cached_property
+    def openings(self) -> set[tuple[int, ...]]:
+        """Every beginning, in the teacher's tokens, of a token that the student has and the teacher lacks."""
+        found: set[tuple[int, ...]] = set()
+        known = self.teacher.ids
+        for piece in self.student.ids:
+            if piece not in known:
+                path = self.teacher.split(piece)
+                found.update(path[:count] for count in range(1, len(path)))
+        return found
+
+    @cached_property
+    def _sorted(self) -> tuple[list[bytes], np.ndarray]:
+        order = sorted((piece, index) for index, piece in enumerate(self.teacher.pieces) if piece)
+        return [piece for piece, _ in order], np.array([index for _, index in order], dtype=np.int64)
+
+    @cache  # noqa: B019 - as long as the tables live
+    def continuing(self, inside: bytes) -> tuple[np.ndarray, np.ndarray]:
+        """The teacher's tokens that begin with `inside` and go on, and the student's first token of what goes on."""
+        pieces, ids = self._sorted
+        start = bisect_left(pieces, inside)
+        stop = start
+        while stop < len(pieces) and pieces[stop].startswith(inside):
+            stop += 1
+        chosen = [at for at in range(start, stop) if len(pieces[at]) > len(inside)]
+        firsts = [self.first_of(pieces[at][len(inside) :]) for at in chosen]
+        return ids[chosen], np.array(firsts, dtype=np.int32)
+
+    @cache  # noqa: B019 - as long as the tables live
+    def follow(self, before: int, text: bytes) -> int:
+        """The student's token that `text` begins with after its token `before` (-1: after none).
+
+        -1 where it would have been drawn into `before`.
+        """
+        piece = self.student.pieces[before] if before >= 0 else None
+        if piece and self.student.split(piece) == (before,):
+            tokens = self.student.split(piece + text)
+            if tokens and tokens[0] == before:
+                return tokens[1]
+            if tokens and len(self.student.pieces[tokens[0]] or b"") > len(piece):
+                return -1
+        return self.first_of(text)
+
+
+class Text:
+    """One reply in the tokens of both, and where the student's begin in the teacher's."""
+
+    def __init__(self, tables: Tables, theirs: Sequence[int], ours: Sequence[int], shift: int = 0) -> None:
+        """`shift` is how many of the teacher's bytes come before the student's first; below 0 the other way round."""
+        self.theirs, self.ours = list(theirs), list(ours)
+        self._tables = tables
+        their_pieces, our_pieces = _pieces(tables.teacher, self.theirs), _pieces(tables.student, self.ours)
+        self._their_ends = np.cumsum([0, *map(len, their_pieces)])
+        self._our_ends = np.cumsum([0, *map(len, our_pieces)])
+        self._their_text, self._our_text = b"".join(their_pieces), b"".join(our_pieces)
+        self.places = list(self._places(shift))
+        """Of the student's tokens that the two texts agree on."""
+
+    @property
+    def our_bytes(self) -> int:
+        """Bytes that the student's tokens spell."""
+        return len(self._our_text)
+
+    def _places(self, shift: int) -> Generator[Place, None, None]:
+        theirs, ours = self._their_text, self._our_text
+        alike = _common(ours[max(0, -shift) :], theirs[max(0, shift) :]) + max(0, -shift)
+        # After a stretch that the two spell otherwise they are alike again, counted from the end.
+        behind = len(theirs) - len(ours)
+        after = len(ours) - _common(ours[::-1], theirs[::-1])
+        for index in range(len(self.ours)):
+            start, stop = int(self._our_ends[index]), int(self._our_ends[index + 1])
+            if stop <= alike:
+                at = start + shift
+            elif start >= after:
+                at = start + behind
+            else:
+                continue
+            if stop == start and at != len(theirs):
+                continue
+            if at >= 0:
+                before = int(np.searchsorted(self._their_ends, at, side="right")) - 1
+                if before < len(self.theirs):
+                    yield Place(index, before, theirs[int(self._their_ends[before]) : at], b"")
+            elif at + stop - start > 0:
+                yield Place(index, 0, b"", ours[start : start - at])
+
+    def spread(self, place: Place, probs: Callable[[int], np.ndarray]) -> Spreading:
+        """The teacher's distribution over the student's tokens at a place.
+
+        A generator: yields beginnings to ask about, is sent the answers, and returns probabilities, float64 [student
+        ids], which add up to 1, and the account of them. `probs` gives the teacher's at each of its tokens.
+        """
+        return _Spread(self, self._tables, place, probs).run()
+
+    def label_before(self, place: Place) -> int:
+        """The student's token before a place; -1 where there is none, or it is a special one."""
+        label = self.ours[place.index - 1] if place.index else -1
+        return label if label >= 0 and self._tables.student.pieces[label] else -1
+
+
+Spreading = Generator[Asked, Answers, tuple[np.ndarray, Account]]
+
+
+@dataclass(frozen=True)
+class _Beginning:
+    """The beginning of a text from a place on that the teacher may write."""
+
+    mass: float
+    text: bytes
+    path: tuple[int, ...]
+    """In the teacher's tokens."""
+
+
+class _Spread:
+    """The distribution at one place in the making."""
+
+    def __init__(self, text: Text, tables: Tables, place: Place, probs: Callable[[int], np.ndarray]) -> None:
+        self._tables = tables
+        self._theirs = text.theirs
+        self._place = place
+        self._probs = probs
+        self._label = text.ours[place.index]
+        self._piece = tables.student.pieces[self._label] or b""
+        self._before = text.label_before(place)
+        piece = tables.student.pieces[self._before] if self._before >= 0 else None
+        # How the teacher writes the student's token before: what follows may still become a longer one.
+        self._path_before = tables.teacher.split(piece) if piece and not place.inside else ()
+        self._found = np.zeros(tables.student.model.size)
+        self._account = Account()
+
+    def run(self) -> Spreading:
+        asked = self._follow_text()
+        for _ in range(DEEPEST):
+            if not asked:
+                break
+            answers = yield [(self._place.before, beginning.path) for beginning in asked]
+            asked = [
+                deeper
+                for beginning, probs in zip(asked, answers, strict=True)
+                for deeper in self._continue(beginning, probs)
+            ]
+        for beginning in asked:
+            self._give(beginning, "unasked")
+        kept = self._found.sum()
+        if kept <= 0:  # the text itself is all that is left
+            self._found[self._label], kept = 1.0, 1.0
+        return self._found / kept, self._account
+
+    def _follow_text(self) -> list[_Beginning]:
+        """Give out what branches off the text until the label is written; returns what is to be asked about."""
+        at, place = self._place.before, self._place
+        on = _Beginning(1.0, place.ahead, ())
+        asked: list[_Beginning] = []
+        while at < len(self._theirs):
+            probs, realised = self._probs(at), self._theirs[at]
+            if not on.path and not on.text:
+                own = (
+                    self._start_inside(probs, realised, asked) if place.inside else self._start(probs, realised, asked)
+                )
+            else:
+                own = self._branch_off(on, probs, realised, asked)
+            inside = len(place.inside) if not on.path else 0
+            piece = self._tables.teacher.spelled(realised)[inside:]
+            if realised in self._tables.teacher.model.stop_ids:
+                piece = b""
+            on = _Beginning(own, on.text + piece, (*on.path, realised))
+            at += 1
+            is_written = len(on.text) > len(self._piece) or not piece
+            if is_written or (on.text == self._piece and not self._may_grow(on)):
+                break
+        way = "chained" if len(on.path) > 1 else "matched" if on.text == self._piece else "split"
+        self._add(self._label, on.mass, way)
+        return asked
+
+    def _start(self, probs: np.ndarray, realised: int, asked: list[_Beginning]) -> float:
+        """Where a token of the teacher begins: all of its tokens at once, and the likely ones by themselves."""
+        tables = self._tables
+        likely = np.flatnonzero(probs >= LOOKED_AT)
+        rest = probs.copy()
+        rest[likely] = 0.0
+        rest[realised] = 0.0
+        known = tables.first >= 0
+        self._found += np.bincount(tables.first[known], rest[known], minlength=len(self._found))
+        self._account.matched += float(rest[known & (tables.same >= 0)].sum())
+        self._account.split += float(rest[known & ~(tables.same >= 0)].sum())
+        self._account.nowhere += float(rest[~known].sum())
+        for token in likely:
+            if token != realised:
+                self._decide(_Beginning(1.0, b"", ()), int(token), float(probs[token]), asked)
+        return float(probs[realised])
+
+    def _start_inside(self, probs: np.ndarray, realised: int, asked: list[_Beginning]) -> float:
+        """Inside a token of the teacher's: those that agree with the text so far."""
+        ids, firsts = self._tables.continuing(self._place.inside)
+        shares = probs[ids] / max(float(probs[ids].sum()), 1e-300)
+        others = ids != realised
+        known = others & (firsts >= 0)
+        self._found += np.bincount(firsts[known], shares[known], minlength=len(self._found))
+        self._account.split += float(shares[known].sum())
+        self._account.nowhere += float(shares[others & (firsts < 0)].sum())
+        return float(shares[~others].sum())
+
+    def _branch_off(self, on: _Beginning, probs: np.ndarray, realised: int, asked: list[_Beginning]) -> float:
+        """After a part of the label: the likely tokens by themselves, and the rest to what is written without them."""
+        given = 0.0
+        for token in np.flatnonzero(on.mass * probs >= LOOKED_AT):
+            if token != realised:
+                given += float(probs[token])
+                self._decide(on, int(token), on.mass * float(probs[token]), asked)
+        left = on.mass * max(0.0, 1.0 - given - float(probs[realised]))
+        self._give(_Beginning(left, on.text, on.path), "chained")
+        return on.mass * float(probs[realised])
+
+    def _continue(self, beginning: _Beginning, probs: np.ndarray) -> Generator[_Beginning, None, None]:
+        """Give out how a beginning goes on; yields what is to be asked about in turn."""
+        deeper: list[_Beginning] = []
+        given = 0.0
+        for token in np.flatnonzero(beginning.mass * probs >= LOOKED_AT):
+            given += float(probs[token])
+            self._decide(beginning, int(token), beginning.mass * float(probs[token]), deeper)
+        left = beginning.mass * max(0.0, 1.0 - given)
+        self._give(_Beginning(left, beginning.text, beginning.path), "chained")
+        yield from deeper
+
+    def _decide(self, on: _Beginning, token: int, mass: float, asked: list[_Beginning]) -> None:
+        """Give out the probability of a beginning and one more token, or ask about it."""
+        piece = self._tables.teacher.pieces[token]
+        if token in self._tables.teacher.model.stop_ids or not piece:
+            if on.text:
+                self._give(_Beginning(mass, on.text, on.path), "chained")
+            else:
+                self._add(int(self._tables.first[token]), mass, "matched")
+            return
+        longer = _Beginning(mass, on.text + piece, (*on.path, token))
+        if not self._may_grow(longer):
+            ids = self._tables.student.ids
+            self._give(longer, "chained" if on.text else "matched" if longer.text in ids else "split")
+        elif mass >= LEAST:
+            asked.append(longer)
+        else:
+            self._give(longer, "unasked")
+
+    def _may_grow(self, beginning: _Beginning) -> bool:
+        """Whether a token that the student has and the teacher lacks may come of a beginning."""
+        openings = self._tables.openings
+        if self._place.inside or self._place.ahead:
+            return False
+        return beginning.path in openings or (
+            bool(self._path_before) and (*self._path_before, *beginning.path) in openings
+        )
+
+    def _give(self, beginning: _Beginning, way: str) -> None:
+        """The probability of a beginning to the token that the student writes it with."""
+        if beginning.mass <= 0:
+            return
+        token = self._tables.follow(self._before, beginning.text) if beginning.text else -1
+        self._add(token, beginning.mass, "merged" if token < 0 and beginning.text else way)
+
+    def _add(self, token: int, mass: float, way: str) -> None:
+        if token < 0:
+            self._account.add(way if way == "merged" else "nowhere", mass)
+            return
+        self._found[token] += mass
+        self._account.add(way, mass)
+
+
+def _pieces(spelling: Spelling, tokens: Sequence[int]) -> list[bytes]:
+    """What each token spells; those that end a reply spell nothing."""
+    stop = set(spelling.model.stop_ids)
+    return [b"" if token in stop else spelling.spelled(token) for token in tokens]
+
+
+def _common(one: bytes, other: bytes) -> int:
+    """Bytes at the beginning of both that are the same."""
+    length = min(len(one), len(other))
+    differing = np.flatnonzero(np.frombuffer(one[:length], np.uint8) != np.frombuffer(other[:length], np.uint8))
+    return int(differing[0]) if len(differing) else length

@@ -1,0 +1,66 @@
+"""How well two tokenizers go together: what they share, and what became of a teacher's probability between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from true_kd.alignment.aligner import Account, Way
+from true_kd.alignment.spelling import Spelling
+from true_kd.options import record
+from true_kd.shards import CachedReply
+
+
+@record
+class Compatibility:
+    """The tokens of teacher and student side by side, those that spell something."""
+
+    teacher_tokens: int
+    """Of the teacher."""
+    student_tokens: int
+    """Of the student."""
+    shared: int
+    """Spellings that both have as one token."""
+
+
+@record
+class MappedTargets:
+    """What became of the teacher's probability on its way into the student's vocabulary. The last six add up to 1:
+    shares, means over the student's tokens that have targets."""
+
+    way: Way
+    """The strategy."""
+    positions: float
+    """Share of the response tokens, in the student's cut, that have targets: the others stand where the two spell the
+    text otherwise."""
+    matched: float
+    """To a token of the student's that spells the same."""
+    split: float
+    """To the first of several of the student's tokens."""
+    chained: float
+    """To a token of the student's that holds several of the teacher's."""
+    unasked: float
+    """To the token that the student writes a beginning with, though a longer one might have followed."""
+    merged: float
+    """To nothing: after the student's token before, its tokenizer never writes this."""
+    nowhere: float
+    """To nothing: tokens that the student has no counterpart of."""
+
+
+def compare_spellings(teacher: Spelling, student: Spelling) -> Compatibility:
+    """Count the spellings that both have."""
+    theirs, ours = ({piece for piece in spelling.pieces if piece} for spelling in (teacher, student))
+    return Compatibility(len(theirs), len(ours), len(theirs & ours))
+
+
+def sum_up(replies: Iterable[CachedReply], way: Way) -> MappedTargets:
+    """What the accounts of some replies come to; those that are kept in part count in part."""
+    tokens, places, total = 0, 0, np.zeros(len(vars(Account())))
+    for reply in replies:
+        if reply.account is not None:
+            tokens += len(reply.tokens)
+            places += len(reply.kept)
+            total += reply.account * len(reply.kept)
+    shares = [float(share) for share in total / max(places, 1)]
+    return MappedTargets(way, places / max(tokens, 1), *shares)

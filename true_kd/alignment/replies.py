@@ -1,0 +1,233 @@
+"""A reply of the teacher in the student's tokens, with the teacher's distribution at each of them.
+
+The text is what the teacher wrote without its special tokens; the student's tokens are its own way of writing that
+text, and its own end of a reply. Spaces that SentencePiece adds in front of a text are no part of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from true_kd.alignment.aligner import Account, Place, Tables, Text, Way
+from true_kd.alignment.compatibility import Compatibility, compare_spellings
+from true_kd.alignment.spelling import Spelling
+from true_kd.examples import TEMPLATE_DATE
+from true_kd.files import digest_json
+from true_kd.models import (
+    Branches,
+    ModelOptions,
+    ModelTokenizer,
+    Split,
+    TemplateRefusal,
+    TemplateStopped,
+    apply_template,
+    uniforms_of,
+)
+from true_kd.shards import CachedReply
+from true_kd.targets import TargetSettings, encode, join
+
+_VERSION = 1
+"""Of what the ways come to; part of a cache's identity."""
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """That targets are in the vocabulary of another tokenizer than the teacher's, and whose."""
+
+    way: Way
+    student: ModelOptions
+    tokenizer: str
+    """Digest of the student's tokenizer."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the targets depend on besides the teacher: students of one tokenizer share them."""
+        return {"way": self.way, "tokenizer": self.tokenizer, "version": _VERSION}
+
+
+def find_alignment(way: Way, options: ModelOptions, teacher: ModelTokenizer, student: ModelTokenizer) -> Alignment:
+    """What aligning two tokenizers depends on.
+
+    Raises
+    ------
+    VocabularyError
+        when the tokens of one cannot be read as text.
+    """
+    Spelling(teacher)
+    layout = Spelling(student).layout
+    facts = [layout, student.stop_ids, student.size, bool(student.tokenizer.has_chat_template)]
+    return Alignment(way, options, digest_json(facts))
+
+
+class Aligner:
+    """Retells the replies of one teacher in the tokens of one student."""
+
+    def __init__(self, way: Way, teacher: ModelTokenizer, student: ModelTokenizer) -> None:
+        self.way = way
+        self.student = student
+        self.teacher_spelling, self.student_spelling = Spelling(teacher), Spelling(student)
+        self._stop = set(teacher.stop_ids)
+
+    @cached_property
+    def _tables(self) -> Tables:
+        return Tables(self.teacher_spelling, self.student_spelling, _reply_end(self.student))
+
+    @property
+    def compatibility(self) -> Compatibility:
+        """What the two tokenizers share."""
+        return compare_spellings(self.teacher_spelling, self.student_spelling)
+
+    def retell(self, response: Sequence[int], opening: Sequence[int], text: str | None = None) -> Text:
+        """A reply in the tokens of both.
+
+        Parameters
+        ----------
+        response
+            the teacher's tokens.
+        opening, text
+            the tokens before them, and the whole text where the data is plain text: what the student predicts of it
+            begins after its own first token.
+        """
+        theirs, ours = self.teacher_spelling, self.student_spelling
+        if text is not None:
+            tokens = list(self.student.tokenizer.encode(text))
+            shift = self._start(ours, tokens[:1]) - self._start(theirs, opening)
+            return Text(self._tables, response, tokens[1:], shift)
+        spelled = theirs.join([token for token in response if token not in self._stop])
+        added = theirs.adds_space and bool(theirs.model.tokenizer.has_chat_template) and spelled.startswith(b" ")
+        content = spelled[added:]
+        continues = not self.student.tokenizer.has_chat_template or content.startswith(b" ")
+        tokens = ours.encode(content, continues)
+        if response and response[-1] in self._stop and self._tables.stop_id is not None:
+            tokens.append(self._tables.stop_id)
+        return Text(self._tables, response, tokens, added - (ours.adds_space and not continues))
+
+    @staticmethod
+    def _start(spelling: Spelling, opening: Sequence[int]) -> int:
+        """Bytes of a text before what is predicted of it."""
+        spelled = sum(len(spelling.pieces[token] or b"") for token in opening)
+        return spelled - spelling.adds_space
+
+    def score(
+        self,
+        split: Split,
+        branches: Branches,
+        opening: Sequence[int],
+        reply: tuple[Sequence[int], str],
+        key: str,
+        settings: TargetSettings,
+        text: str | None = None,
+    ) -> CachedReply:
+        """Targets of a reply (the teacher's tokens, and how it ended) to an opening, in the student's vocabulary."""
+        response, finished = reply
+        retold = self.retell(response, opening, text)
+        sequence = mx.array([[*opening, *response]])
+        states = split.states_at(sequence, mx.arange(len(opening) - 1, len(opening) - 1 + len(response)))
+        rows = _Rows(lambda start, stop: split.head(states[start:stop]), len(response))
+        tokens, uniforms = np.array(retold.ours, dtype=np.int32), uniforms_of(key, max(1, len(retold.ours)))
+        parts, total = [], Account()
+        for group in _groups(retold.places or [Place(0, 0, b"", b"")]):
+            spread = self._spread(retold, group, rows, branches, len(opening))
+            found, accounts = zip(*spread, strict=True)
+            index = [place.index for place in group]
+            with np.errstate(divide="ignore"):
+                logits = mx.array(np.log(np.stack(found)).astype(np.float32))
+            parts.append(encode(logits, mx.array(tokens[index]), uniforms[index], settings, self.way == "uld"))
+            for account in accounts:
+                total += account
+        kept = np.array([place.index for place in retold.places], dtype=np.int32)
+        return CachedReply(tokens, finished, join(parts).first(len(kept)), kept, total.shares(len(kept)))
+
+    def _spread(
+        self, retold: Text, places: Sequence[Place], rows: _Rows, branches: Branches, start: int
+    ) -> list[tuple[np.ndarray, Account]]:
+        if self.way != "align":
+            return [self._by_rule(rows(place.before)) for place in places]
+        running = [retold.spread(place, rows) for place in places]
+        done: dict[int, tuple[np.ndarray, Account]] = {}
+        wanted: dict[int, list[tuple[int, tuple[int, ...]]]] = {}
+
+        def go_on(at: int, answers: Sequence[np.ndarray] | None) -> None:
+            try:
+                wanted[at] = running[at].send(answers)
+            except StopIteration as end:
+                done[at] = end.value
+
+        for at in range(len(running)):
+            go_on(at, None)
+        while wanted:
+            asked = list(dict.fromkeys(each for mine in wanted.values() for each in mine))
+            said = np.exp(branches.logprobs([(start + before, path) for before, path in asked]))
+            answers = dict(zip(asked, said, strict=True))
+            waiting, wanted = wanted, {}
+            for at, mine in waiting.items():
+                go_on(at, [answers[each] for each in mine])
+        return [done[at] for at in range(len(running))]
+
+    def _by_rule(self, probs: np.ndarray) -> tuple[np.ndarray, Account]:
+        """The teacher's distribution by a rule that looks at no text; which is that of the token it is about to write,
+        or has begun."""
+        found = np.zeros(self.student.size)
+        if self.way == "uld":
+            ordered = -np.sort(-probs)[: len(found)]
+            found[: len(ordered)] = ordered
+        elif self.way == "truncate":
+            width = min(len(found), len(probs))
+            found[:width] = probs[:width]
+        else:
+            same = self._tables.same
+            found = np.bincount(same[same >= 0], probs[same >= 0], minlength=len(found))
+        kept = float(found.sum())
+        if kept <= 0:
+            return np.full(len(found), 1.0 / len(found)), Account(nowhere=1.0)
+        return found / kept, Account(matched=kept, nowhere=max(0.0, 1.0 - kept))
+
+
+class _Rows:
+    """The teacher's probabilities at each token of a reply, computed as they are asked for."""
+
+    _CHUNK = 64
+
+    def __init__(self, logits: Callable[[int, int], mx.array], count: int) -> None:
+        self._logits = logits
+        self._count = count
+        self._chunks: dict[int, np.ndarray] = {}
+
+    def __call__(self, at: int) -> np.ndarray:
+        number = at // self._CHUNK
+        if number not in self._chunks:
+            if len(self._chunks) > 2:
+                del self._chunks[min(self._chunks)]
+            logits = self._logits(number * self._CHUNK, min(self._count, (number + 1) * self._CHUNK))
+            self._chunks[number] = np.array(mx.softmax(logits.astype(mx.float32), axis=-1, precise=True))
+        return self._chunks[number][at - number * self._CHUNK]
+
+
+_TOGETHER = 16
+"""Places whose questions to the teacher are put together."""
+
+
+def _groups(places: Sequence[Place]) -> Iterator[Sequence[Place]]:
+    for start in range(0, len(places), _TOGETHER):
+        yield places[start : start + _TOGETHER]
+
+
+def _reply_end(student: ModelTokenizer) -> int | None:
+    """The token that the student's chat template ends a reply with, or the first that would end one."""
+    stop = student.stop_ids
+    if student.tokenizer.has_chat_template:
+        said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+        try:
+            tokens = apply_template(student.tokenizer, said, None, TEMPLATE_DATE, add_generation_prompt=False)
+        except (TemplateRefusal, TemplateStopped):
+            tokens = []
+        ends = [token for token in tokens if token in stop]
+        if ends:
+            return ends[-1]
+    return stop[0] if stop else None

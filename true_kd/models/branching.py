@@ -1,0 +1,81 @@
+"""What a model would say next after made-up continuations of one sequence.
+
+The sequence is read once and its keys and values are kept; a continuation costs its own tokens and a few before them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+Branch = tuple[int, tuple[int, ...]]
+"""A continuation: how many tokens of the sequence come before it, and its own tokens."""
+
+_WINDOW = 3
+"""Continuations that leave the sequence within so many tokens are computed together, from the first of these on."""
+_ROWS = 32
+"""Continuations computed at a time: the keys and values of the sequence are there once for each."""
+
+
+class Branches:
+    """The continuations of one sequence, a batch at a time."""
+
+    def __init__(self, module: nn.Module, tokens: Sequence[int]) -> None:
+        self._module = module
+        self._tokens = list(tokens)
+        self._cache: list[Any] | None = None
+
+    def logprobs(self, asked: Sequence[Branch]) -> np.ndarray:
+        """Log-probabilities of the token after each continuation, nats, float32 [asked, vocab]."""
+        found: list[np.ndarray | None] = [None] * len(asked)
+        order = sorted(range(len(asked)), key=lambda at: asked[at][0])
+        while order:
+            first = asked[order[0]][0]
+            group = [at for at in order[:_ROWS] if asked[at][0] < first + _WINDOW]
+            order = order[len(group) :]
+            for at, row in zip(group, self._read(first, [asked[at] for at in group]), strict=True):
+                found[at] = row
+        return np.stack(found) if found else np.zeros((0, 0), dtype=np.float32)
+
+    def _read(self, first: int, group: Sequence[Branch]) -> np.ndarray:
+        """Continuations that begin at `first` or a little later."""
+        self._cache = self._cache or self._read_sequence()
+        # Whatever keeps no plain keys and values, a window or a state, reads every continuation from the beginning.
+        first = first if self._cache else 0
+        paths = [[*self._tokens[first:start], *path] for start, path in group]
+        width = max(len(path) for path in paths)
+        # Padding on the right is seen by nothing before it.
+        padded = mx.array([path + [0] * (width - len(path)) for path in paths])
+        logits = self._module(padded, cache=self._copies(first, len(group))) if first else self._module(padded)
+        last = mx.array([len(path) - 1 for path in paths])[:, None, None]
+        rows = mx.take_along_axis(logits, last, axis=1)[:, 0].astype(mx.float32)
+        return np.array(rows - mx.logsumexp(rows, axis=-1, keepdims=True))
+
+    def _read_sequence(self) -> list[Any]:
+        """The cache of every layer; empty where one is of a kind that cannot be cut to any length."""
+        from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+        cache = make_prompt_cache(self._module)
+        if any(type(layer) is not KVCache for layer in cache):
+            return []
+        self._module(mx.array([self._tokens]), cache=cache)
+        mx.eval([(layer.keys, layer.values) for layer in cache])
+        return cache
+
+    def _copies(self, length: int, rows: int) -> list[Any]:
+        """The cache as it was after `length` tokens, for so many sequences side by side."""
+        from mlx_lm.models.cache import KVCache
+
+        copies = []
+        for layer in self._cache or ():
+            copy = KVCache()
+            copy.keys, copy.values = (
+                mx.repeat(array[..., :length, :], rows, axis=0) for array in (layer.keys, layer.values)
+            )
+            copy.offset = length
+            copies.append(copy)
+        return copies
