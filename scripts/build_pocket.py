@@ -12,9 +12,10 @@ import json
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import pocket_tasks
@@ -29,7 +30,6 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
-from mlx_lm.models import qwen3
 from mlx_lm.models.cache import make_prompt_cache
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -49,6 +49,30 @@ CHAT_TEMPLATE = (
 
 
 @dataclass(frozen=True)
+class Dialect:
+    """How a model is spoken to: its tokenizer and its chat template."""
+
+    tokenizer: Tokenizer
+    chat_template: str
+    render_prompt: Callable[[str], str]
+    """A user turn and the opening of the assistant's, as the chat template renders them."""
+    specials: Mapping[str, str]
+    """Special tokens as `tokenizer_config.json` names them; `eos_token` ends a turn."""
+
+    def special_id(self, name: str) -> int | None:
+        """The id of a special token; None where the dialect has none of this name."""
+        return self.tokenizer.token_to_id(self.specials[name]) if name in self.specials else None
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """Token ids of a rendered prompt."""
+        return self.tokenizer.encode(self.render_prompt(prompt), add_special_tokens=False).ids
+
+    def encode_reply(self, reply: str) -> list[int]:
+        """Token ids of a reply and the end of its turn."""
+        return self.tokenizer.encode(f"{reply}{self.specials['eos_token']}", add_special_tokens=False).ids
+
+
+@dataclass(frozen=True)
 class Recipe:
     """The shape of one pocket model, the share of each domain in its corpus, and how long it trains."""
 
@@ -61,12 +85,14 @@ class Recipe:
     batch_size: int = 48
     learning_rate: float = 2e-3
     warmup_steps: int = 100
+    model_type: str = "qwen3"
+    architecture: str = "Qwen3ForCausalLM"
 
-    def model_config(self, tokenizer: Tokenizer) -> dict[str, object]:
+    def model_config(self, dialect: Dialect) -> dict[str, object]:
         """The `config.json` of the model."""
         return {
-            "architectures": ["Qwen3ForCausalLM"],
-            "model_type": "qwen3",
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
             "hidden_size": self.hidden_size,
             "num_hidden_layers": self.num_hidden_layers,
             "intermediate_size": self.intermediate_size,
@@ -74,14 +100,14 @@ class Recipe:
             "num_key_value_heads": self.num_attention_heads,
             "head_dim": self.hidden_size // self.num_attention_heads,
             "rms_norm_eps": 1e-6,
-            "vocab_size": tokenizer.get_vocab_size(),
+            "vocab_size": dialect.tokenizer.get_vocab_size(),
             "max_position_embeddings": 512,
             "rope_theta": 10000.0,
             "tie_word_embeddings": True,
             "torch_dtype": "float32",
-            "bos_token_id": None,
-            "eos_token_id": tokenizer.token_to_id(TURN_END),
-            "pad_token_id": tokenizer.token_to_id(PAD),
+            "bos_token_id": dialect.special_id("bos_token"),
+            "eos_token_id": dialect.special_id("eos_token"),
+            "pad_token_id": dialect.special_id("pad_token"),
         }
 
 
@@ -111,14 +137,19 @@ def render_prompt(prompt: str) -> str:
     return f"{TURN_START}user\n{prompt}{TURN_END}{TURN_START}assistant\n"
 
 
-def train_tokenizer(seed: int) -> Tokenizer:
-    """A byte-level BPE tokenizer learnt from training tasks of all domains."""
+def tokenizer_tasks(seed: int) -> list[Task]:
+    """The training tasks of all domains from whose texts a tokenizer is learnt."""
     rng = random.Random(f"tokenizer {seed}")
-    corpus = []
-    for _ in range(CORPUS_TASKS_PER_DOMAIN):
-        for domain in DOMAINS:
-            task = pocket_tasks.generate_split(domain, rng, held_out=False)
-            corpus.append(f"{render_prompt(task.prompt)}{task.reply}{TURN_END}")
+    return [
+        pocket_tasks.generate_split(domain, rng, held_out=False)
+        for _ in range(CORPUS_TASKS_PER_DOMAIN)
+        for domain in DOMAINS
+    ]
+
+
+def train_dialect(seed: int) -> Dialect:
+    """The pocket models' dialect: a byte-level BPE tokenizer learnt from training tasks of all domains."""
+    corpus = [f"{render_prompt(task.prompt)}{task.reply}{TURN_END}" for task in tokenizer_tasks(seed)]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -129,18 +160,17 @@ def train_tokenizer(seed: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus, trainer)
-    return tokenizer
+    return Dialect(tokenizer, CHAT_TEMPLATE, render_prompt, {"eos_token": TURN_END, "pad_token": PAD})
 
 
-def encode_task(tokenizer: Tokenizer, task: Task) -> tuple[list[int], int]:
+def encode_task(dialect: Dialect, task: Task) -> tuple[list[int], int]:
     """Token ids of a whole exchange, and how many of them are the prompt."""
-    prompt = tokenizer.encode(render_prompt(task.prompt)).ids
-    reply = tokenizer.encode(f"{task.reply}{TURN_END}").ids
-    return prompt + reply, len(prompt)
+    prompt = dialect.encode_prompt(task.prompt)
+    return prompt + dialect.encode_reply(task.reply), len(prompt)
 
 
 def training_batches(
-    tokenizer: Tokenizer, recipe: Recipe, seed: int
+    dialect: Dialect, recipe: Recipe, seed: int
 ) -> Iterator[list[tuple[mx.array, mx.array, mx.array]]]:
     """For each step two half-batches of fresh tasks, the shorter and the longer, to save padding.
 
@@ -151,7 +181,7 @@ def training_batches(
         drawn = []
         for domain in rng.choices(DOMAINS, recipe.shares, k=recipe.batch_size):
             task = pocket_tasks.generate_split(domain, rng, held_out=False)
-            drawn.append(encode_task(tokenizer, task))
+            drawn.append(encode_task(dialect, task))
         drawn.sort(key=lambda pair: len(pair[0]))
         half = len(drawn) // 2
         yield [collate(drawn[:half]), collate(drawn[half:])]
@@ -176,22 +206,23 @@ def reply_loss(model: nn.Module, inputs: mx.array, positions: mx.array, labels: 
     return nn.losses.cross_entropy(logits, labels, reduction="sum")
 
 
-def new_model(recipe: Recipe, tokenizer: Tokenizer, seed: int) -> nn.Module:
+def new_model(recipe: Recipe, dialect: Dialect, seed: int) -> nn.Module:
     """A randomly initialised model of the recipe's shape."""
     mx.random.seed(seed)
-    model = qwen3.Model(qwen3.ModelArgs.from_dict(recipe.model_config(tokenizer)))
+    family = import_module(f"mlx_lm.models.{recipe.model_type}")
+    model = family.Model(family.ModelArgs.from_dict(recipe.model_config(dialect)))
     mx.eval(model.parameters())
     return model
 
 
-def train(model: nn.Module, recipe: Recipe, tokenizer: Tokenizer, seed: int) -> Iterator[float]:
+def train(model: nn.Module, recipe: Recipe, dialect: Dialect, seed: int) -> Iterator[float]:
     """Trains with AdamW, warm-up and cosine decay; yields each step's loss in nats per reply token."""
     warmup = optim.linear_schedule(0.0, recipe.learning_rate, recipe.warmup_steps)
     decay = optim.cosine_decay(recipe.learning_rate, recipe.steps - recipe.warmup_steps, recipe.learning_rate / 50)
     schedule = optim.join_schedules([warmup, decay], [recipe.warmup_steps])
     optimizer = optim.AdamW(schedule, betas=[0.9, 0.98], weight_decay=0.01)
     loss_and_gradients = nn.value_and_grad(model, reply_loss)
-    for halves in training_batches(tokenizer, recipe, seed):
+    for halves in training_batches(dialect, recipe, seed):
         (first_loss, first), (second_loss, second) = (loss_and_gradients(model, *half) for half in halves)
         tokens = sum(labels.size for _, _, labels in halves)
         gradients = tree_map(mx.add, first, second)
@@ -202,24 +233,24 @@ def train(model: nn.Module, recipe: Recipe, tokenizer: Tokenizer, seed: int) -> 
         yield (first_loss.item() + second_loss.item()) / tokens
 
 
-def greedy_replies(model: nn.Module, tokenizer: Tokenizer, prompts: list[str], batch_size: int = 32) -> list[str]:
+def greedy_replies(model: nn.Module, dialect: Dialect, prompts: list[str], batch_size: int = 32) -> list[str]:
     """Greedy replies in the order of the prompts; prompts of one token length share a batch, so none is padded."""
-    encoded = [tokenizer.encode(render_prompt(prompt)).ids for prompt in prompts]
+    encoded = [dialect.encode_prompt(prompt) for prompt in prompts]
     by_length: dict[int, list[int]] = {}
     for index, ids in enumerate(encoded):
         by_length.setdefault(len(ids), []).append(index)
+    end = dialect.special_id("eos_token")
     replies = [""] * len(prompts)
     for indices in by_length.values():
         for start in range(0, len(indices), batch_size):
             chunk = indices[start : start + batch_size]
-            for index, ids in zip(chunk, _decode(model, tokenizer, [encoded[i] for i in chunk]), strict=True):
-                replies[index] = tokenizer.decode(ids)
+            for index, ids in zip(chunk, _decode(model, end, [encoded[i] for i in chunk]), strict=True):
+                replies[index] = dialect.tokenizer.decode(ids)
     return replies
 
 
-def _decode(model: nn.Module, tokenizer: Tokenizer, prompts: list[list[int]]) -> list[list[int]]:
+def _decode(model: nn.Module, end: int, prompts: list[list[int]]) -> list[list[int]]:
     """Greedy continuations of equally long prompts, each cut before its end of turn."""
-    end = tokenizer.token_to_id(TURN_END)
     cache = make_prompt_cache(model)
     inputs, columns = mx.array(prompts), []
     finished = np.zeros(len(prompts), dtype=bool)
@@ -232,41 +263,40 @@ def _decode(model: nn.Module, tokenizer: Tokenizer, prompts: list[list[int]]) ->
     return [row[: row.index(end)] if end in row else row for row in rows]
 
 
-def exact_match(model: nn.Module, tokenizer: Tokenizer, tasks: list[Task]) -> float:
+def exact_match(model: nn.Module, dialect: Dialect, tasks: list[Task]) -> float:
     """The fraction of tasks whose greedy reply passes the check."""
-    replies = greedy_replies(model, tokenizer, [task.prompt for task in tasks])
+    replies = greedy_replies(model, dialect, [task.prompt for task in tasks])
     return sum(map(pocket_tasks.is_correct, replies, (task.answer for task in tasks))) / len(tasks)
 
 
-def measure(model: nn.Module, tokenizer: Tokenizer, tasks_per_domain: int, seed: int) -> dict[str, float]:
+def measure(model: nn.Module, dialect: Dialect, tasks_per_domain: int, seed: int) -> dict[str, float]:
     """Held-out exact match of each domain, on tasks that no model has trained on."""
     accuracy = {}
     for domain in DOMAINS:
         rng = random.Random(f"measure {domain} {seed}")
         tasks = pocket_tasks.generate_unique(domain, rng, tasks_per_domain, held_out=True)
-        accuracy[domain] = round(exact_match(model, tokenizer, tasks), 4)
+        accuracy[domain] = round(exact_match(model, dialect, tasks), 4)
     return accuracy
 
 
-def save_model(folder: Path, model: nn.Module, recipe: Recipe, tokenizer: Tokenizer) -> None:
+def save_model(folder: Path, model: nn.Module, recipe: Recipe, dialect: Dialect) -> None:
     """Writes a folder that `mlx_lm.load` opens."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
-    write_json(folder / "config.json", recipe.model_config(tokenizer))
-    save_tokenizer(folder, tokenizer)
+    write_json(folder / "config.json", recipe.model_config(dialect))
+    save_tokenizer(folder, dialect)
 
 
-def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+def save_tokenizer(folder: Path, dialect: Dialect) -> None:
     """Writes `tokenizer.json`, and the chat template in `tokenizer_config.json`."""
-    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    dialect.tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": TURN_END,
-        "pad_token": PAD,
+        **dialect.specials,
         "model_max_length": 512,
         "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": dialect.chat_template,
     }
     write_json(folder / "tokenizer_config.json", settings)
 
@@ -342,20 +372,26 @@ An example:
     )
 
 
+def build_model(folder: Path, recipe: Recipe, dialect: Dialect, seed: int) -> nn.Module:
+    """Trains a model from scratch and writes it into `folder`."""
+    model = new_model(recipe, dialect, seed)
+    started = time.perf_counter()
+    for step, loss in enumerate(train(model, recipe, dialect, seed), 1):
+        if step % LOG_EVERY == 0:
+            print(f"{folder.name} step {step}: loss {loss:.4f}, {time.perf_counter() - started:.0f} s", flush=True)
+    save_model(folder, model, recipe, dialect)
+    return model
+
+
 def build(out: Path, seed: int, tasks_per_domain: int) -> None:
     """Builds everything into `out`, measuring both models on the same held-out tasks."""
-    tokenizer = train_tokenizer(seed)
+    dialect = train_dialect(seed)
     parameters: dict[str, int] = {}
     accuracy: dict[str, dict[str, float]] = {"tasks_per_domain": tasks_per_domain}
     for name, recipe in RECIPES.items():
-        model = new_model(recipe, tokenizer, seed)
+        model = build_model(out / name, recipe, dialect, seed)
         parameters[name] = sum(weight.size for _, weight in tree_flatten(model.parameters()))
-        started = time.perf_counter()
-        for step, loss in enumerate(train(model, recipe, tokenizer, seed), 1):
-            if step % LOG_EVERY == 0:
-                print(f"{name} step {step}: loss {loss:.4f}, {time.perf_counter() - started:.0f} s", flush=True)
-        save_model(out / name, model, recipe, tokenizer)
-        accuracy[name] = measure(model, tokenizer, tasks_per_domain, seed)
+        accuracy[name] = measure(model, dialect, tasks_per_domain, seed)
         print(f"{name}: {parameters[name]:,} parameters, exact match {accuracy[name]}", flush=True)
     write_prompts(out / "prompts", seed)
     write_json(out / "accuracy.json", accuracy)
