@@ -363,7 +363,11 @@ def test_a_bad_set_ends_in_one_line(setting: str, says: str, cli, project: Path)
         ("--memory-gb", "inf", "memory_gb: inf, expected a finite number."),
         ("--divergence", "KL", "losses.divergence: 'KL', expected 'forward_kl', 'reverse_kl', "),
         ("--divergence", "", "losses.divergence: '', expected 'forward_kl', 'reverse_kl', "),
-        ("--vocab-strategy", "mach", "vocab_strategy: 'mach', expected 'match', 'truncate' or 'project'"),
+        (
+            "--vocab-strategy",
+            "mach",
+            "vocab_strategy: 'mach', expected 'auto', 'match', 'align', 'uld', 'truncate' or 'project'",
+        ),
         ("--out", "", "out: '', expected at least 1 characters."),
         ("--teacher", "", "teacher.model: '', expected at least 1 characters."),
         ("--student", "", "student.model: '', expected at least 1 characters."),
@@ -521,11 +525,12 @@ def test_a_strange_prompts_folder_ends_in_one_line(name: str, says: str, cli, pr
 def test_models_of_different_vocabularies_end_in_one_line(cli, project: Path, teacher_folder: Path) -> None:
     tokenizer = (teacher_folder / "tokenizer.json").read_text().replace('"Z": ', '"ZZ": ').encode()
     copy = broken(teacher_folder, tokenizer__json=tokenizer)
-    ended = cli("distill", "-d", "cats", "--teacher", str(copy))
-    line = only_line(ended.err)
-    assert ended.code == 2
-    assert "common ids stand for different tokens" in line
-    assert "--vocab-strategy project" in line
+    for strategy, remedy in {"match": "align, models of one family.", "truncate": "or --force to pair"}.items():
+        ended = cli("distill", "-d", "cats", "--teacher", str(copy), "--vocab-strategy", strategy)
+        line = only_line(ended.err)
+        assert ended.code == 2
+        assert "common ids stand for different tokens" in line
+        assert remedy in line
 
 
 # Where things cannot be written.
@@ -704,7 +709,7 @@ def test_every_flag_goes_over_the_files(cli, project: Path, teacher_folder: Path
     }
     assert set(inspect.signature(running.distill).parameters) == {
         *(name.replace("-", "_") for name in given),
-        *("domain", "everything", "config", "sets", "fresh", "report_to", "as_json"),
+        *("domain", "everything", "config", "sets", "force", "fresh", "report_to", "as_json"),
     }
     flags = [part for name, value in given.items() for part in (f"--{name}", value)]
     ended = cli("distill", "-d", "cats", *flags, "--set", "capture.max_tokens=3", "--set", "training.iters=2")
@@ -930,14 +935,14 @@ def test_a_capture_into_a_place_that_cannot_be_written_ends_in_one_line(cli, pro
     assert line.startswith("afile: cannot be written")
 
 
-@pytest.mark.parametrize("flag", ["--student", "--out", "--temperature", "--seed", "--fresh"])
+@pytest.mark.parametrize("flag", ["--out", "--temperature", "--seed", "--fresh"])
 def test_a_capture_has_no_flag_that_means_nothing_to_it(flag: str, cli, project: Path) -> None:
     assert flag in refused(cli("capture", "-d", "cats", flag, "1"))
 
 
 def test_the_help_of_capture_explains_every_flag(cli) -> None:
     words = " ".join(cli("capture", "--help").out.split())
-    for name in ("teacher", "cache-bytes", "cache-gb", "prompts"):
+    for name in ("teacher", "student", "cache-bytes", "cache-gb", "prompts", "vocab-strategy"):
         assert "default: " in words.partition(f"--{name} ")[2].partition(" --")[0], name
     for flag in ("--domain", "--all", "--config", "--set"):
         assert f"{flag} " in words
@@ -946,7 +951,8 @@ def test_the_help_of_capture_explains_every_flag(cli) -> None:
 def test_every_flag_of_a_capture_goes_over_the_files(cli, project: Path, student_folder: Path) -> None:
     shutil.copytree("prompts", "mine")
     Path("mine/cats/train.txt").write_text("hello\nhello to the world\nsaid the cat\n")
-    given = {"teacher": str(student_folder), "cache-bytes": "1000", "cache-gb": "0.01", "prompts": "mine"}
+    given = {"teacher": str(student_folder), "student": str(student_folder)}
+    given |= {"cache-bytes": "1000", "cache-gb": "0.01", "prompts": "mine", "vocab-strategy": "match"}
     assert set(inspect.signature(running.capture_command).parameters) == {
         *(name.replace("-", "_") for name in given),
         *("domain", "everything", "config", "sets", "as_json"),

@@ -124,7 +124,7 @@ def test_domain_names_are_offered_where_one_can_stand(words: list[str], expected
         (["sweep", "--divergence", "rev"], ["reverse_kl"]),
         (["distill", "--control", ""], ["none", "sft"]),
         (["export", "--to", "g"], ["gguf"]),
-        (["distill", "--vocab-strategy", ""], ["match", "truncate", "project"]),
+        (["distill", "--vocab-strategy", ""], ["auto", "match", "align", "uld", "truncate", "project"]),
         (["distill", "--vocab"], ["--vocab-strategy"]),
         (["cache", "ver"], ["verify"]),
         (["config", ""], ["show", "diff", "schema"]),

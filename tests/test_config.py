@@ -32,7 +32,7 @@ DEFAULTS = {
     "teacher.model": "mlx-community/Qwen2.5-7B-Instruct-4bit",
     "student.model": "mlx-community/Qwen2.5-3B-Instruct-4bit",
     "prompts": "prompts",
-    "vocab_strategy": "match",
+    "vocab_strategy": "auto",
     "seed": 0,
     "fresh": False,
 }
@@ -152,7 +152,7 @@ def test_no_shipped_domain_file_states_what_it_gets_anyway() -> None:
         ("lora.rank", (1,), (0,)),
         ("seed", (0, 2**31 - 1), (-1, 2**31)),
         ("out", ("x",), ("",)),
-        ("vocab_strategy", ("match", "truncate", "project"), ("Match", "pad", "")),
+        ("vocab_strategy", ("auto", "match", "align", "uld", "truncate", "project"), ("Match", "pad", "")),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

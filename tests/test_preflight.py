@@ -413,9 +413,13 @@ def test_other_vocabularies_are_told_with_the_number_of_ids(
     (other / "tokenizer.json").write_text(re.sub(r'"<\|tool\|>"', '"<|tule|>"', text))
     place.config["student"] = str(save_random_model(tmp_path / "student", other, seed=2))
     [finding] = found(validate("--json"))
-    assert (finding["severity"], finding["kind"]) == ("problem", "vocabulary")
-    assert "1 of " in finding["message"]
-    [finding] = found(validate("--json", "--vocab-strategy", "truncate"))
+    assert (finding["severity"], finding["kind"]) == ("warning", "vocabulary")
+    assert "1 ids stand for different tokens" in finding["message"]
+    for strategy in ("match", "truncate"):
+        [finding] = found(validate("--json", "--vocab-strategy", strategy))
+        assert (finding["severity"], finding["kind"]) == ("problem", "vocabulary")
+        assert "1 of " in finding["message"]
+    [finding] = found(validate("--json", "--vocab-strategy", "truncate", "--force"))
     assert (finding["severity"], finding["kind"]) == ("warning", "vocabulary")
 
 

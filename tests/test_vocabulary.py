@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from true_kd.errors import VocabularyError
 from true_kd.losses import compute_kd_loss
-from true_kd.vocabulary import VocabularyMap, align_vocab_sizes, map_vocabulary
+from true_kd.vocabulary import VocabularyMap, align_vocab_sizes, compare_vocabularies, require_match
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "said"]
 checked_often = settings(max_examples=40, deadline=None)
@@ -36,7 +36,7 @@ def is_identity(found: VocabularyMap) -> bool:
 
 
 def test_equal_maps_match_and_every_id_goes_to_itself() -> None:
-    found = map_vocabulary(numbered(WORDS), numbered(WORDS), 8, 8, "match")
+    found = require_match(numbered(WORDS), numbered(WORDS), 8, 8)
     assert found.ids.tolist() == list(range(8))
     assert is_identity(found)
     assert found.differing == 0
@@ -44,7 +44,7 @@ def test_equal_maps_match_and_every_id_goes_to_itself() -> None:
 
 @pytest.mark.parametrize(("teacher_size", "student_size"), [(12, 16), (16, 12), (8, 9), (9, 8)])
 def test_equal_maps_match_whatever_padding_their_heads_have(teacher_size: int, student_size: int) -> None:
-    found = map_vocabulary(numbered(WORDS), numbered(WORDS), teacher_size, student_size, "match")
+    found = require_match(numbered(WORDS), numbered(WORDS), teacher_size, student_size)
     assert len(found.ids) == teacher_size
     assert found.ids[:8].tolist() == list(range(8))
     assert found.ids.max() < student_size
@@ -52,15 +52,15 @@ def test_equal_maps_match_whatever_padding_their_heads_have(teacher_size: int, s
 
 
 def test_padding_that_the_student_lacks_goes_nowhere() -> None:
-    found = map_vocabulary(numbered(WORDS), numbered(WORDS), 12, 9, "match")
+    found = require_match(numbered(WORDS), numbered(WORDS), 12, 9)
     assert found.ids.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, -1, -1, -1]
     assert not is_identity(found)
 
 
 def test_the_padding_of_qwen_vocabularies_is_no_difference() -> None:
     words = {str(index): index for index in range(151_665)}
-    wide = map_vocabulary(words, dict(words), 152_064, 151_936, "match")
-    narrow = map_vocabulary(words, dict(words), 151_936, 152_064, "match")
+    wide = require_match(words, dict(words), 152_064, 151_936)
+    narrow = require_match(words, dict(words), 151_936, 152_064)
     assert wide.ids[:151_936].tolist() == list(range(151_936))
     assert (wide.ids[151_936:] == -1).all()
     assert is_identity(narrow)
@@ -68,7 +68,7 @@ def test_the_padding_of_qwen_vocabularies_is_no_difference() -> None:
 
 def test_equal_sizes_with_different_maps_are_refused() -> None:
     with pytest.raises(VocabularyError, match="expected one map"):
-        map_vocabulary(numbered(WORDS), numbered(WORDS[::-1]), 8, 8, "match")
+        require_match(numbered(WORDS), numbered(WORDS[::-1]), 8, 8)
 
 
 @checked_often
@@ -77,7 +77,7 @@ def test_a_refusal_counts_the_differing_ids_and_shows_the_first(order) -> None:
     student = numbered([WORDS[index] for index in order])
     differing = [index for index, other in enumerate(order) if index != other]
     with pytest.raises(VocabularyError) as caught:
-        map_vocabulary(numbered(WORDS), student, 8, 8, "match")
+        require_match(numbered(WORDS), student, 8, 8)
     assert f"{len(differing)} of 8 common ids" in str(caught.value)
     first = differing[0]
     assert f"the first is {first}: {WORDS[first]!r} and {WORDS[order[first]]!r}" in str(caught.value)
@@ -85,85 +85,94 @@ def test_a_refusal_counts_the_differing_ids_and_shows_the_first(order) -> None:
 
 def test_a_single_differing_id_is_enough_to_refuse() -> None:
     with pytest.raises(VocabularyError, match="1 of 8 common ids"):
-        map_vocabulary(numbered(WORDS), numbered([*WORDS[:7], "shouted"]), 8, 8, "match")
+        require_match(numbered(WORDS), numbered([*WORDS[:7], "shouted"]), 8, 8)
 
 
 def test_a_refusal_says_what_to_do() -> None:
-    with pytest.raises(VocabularyError, match="--vocab-strategy project"):
-        map_vocabulary(numbered(WORDS), numbered(WORDS[::-1]), 8, 8, "match")
+    with pytest.raises(VocabularyError, match="--vocab-strategy align"):
+        require_match(numbered(WORDS), numbered(WORDS[::-1]), 8, 8)
 
 
-@pytest.mark.parametrize("strategy", ["match", "truncate"])
 @pytest.mark.parametrize("who", ["teacher", "student"])
-def test_a_token_that_only_one_of_the_two_knows_goes_nowhere(strategy: str, who: str) -> None:
+def test_a_token_that_only_one_of_the_two_knows_goes_nowhere(who: str) -> None:
     longer, shorter = numbered([*WORDS, "<think>"]), numbered(WORDS)
     teacher, student = (longer, shorter) if who == "teacher" else (shorter, longer)
-    found = map_vocabulary(teacher, student, 12, 12, strategy)
+    found = require_match(teacher, student, 12, 12)
     assert found.ids.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, -1, 9, 10, 11]
 
 
 def test_maps_without_a_common_id_do_not_match() -> None:
     student = {word: index + 8 for index, word in enumerate(WORDS)}
     with pytest.raises(VocabularyError):
-        map_vocabulary(numbered(WORDS), student, 16, 16, "match")
+        require_match(numbered(WORDS), student, 16, 16)
 
 
-# truncate -----------------------------------------------------------------------------------------------------------
+# Other vocabularies -------------------------------------------------------------------------------------------------
 
 
 @checked_often
-@given(order=permutations.filter(lambda order: any(index == other for index, other in enumerate(order))))
-def test_truncate_keeps_the_ids_that_agree_and_drops_the_others(order) -> None:
+@given(order=permutations)
+def test_a_comparison_keeps_the_ids_that_agree_and_counts_the_others(order) -> None:
     student = numbered([WORDS[index] for index in order])
-    found = map_vocabulary(numbered(WORDS), student, 8, 8, "truncate")
+    found = compare_vocabularies(numbered(WORDS), student, 8, 8).map
     expected = [index if index == other else -1 for index, other in enumerate(order)]
     assert found.ids.tolist() == expected
     assert found.differing == expected.count(-1)
 
 
-def test_truncate_drops_what_lies_beyond_the_student() -> None:
-    found = map_vocabulary(numbered(WORDS), numbered(WORDS[:5]), 8, 5, "truncate")
+def test_what_lies_beyond_the_students_head_goes_nowhere() -> None:
+    found = require_match(numbered(WORDS), numbered(WORDS[:5]), 8, 5)
     assert found.ids.tolist() == [0, 1, 2, 3, 4, -1, -1, -1]
 
 
-# project ------------------------------------------------------------------------------------------------------------
+AGREEING = compare_vocabularies(numbered(WORDS), numbered(WORDS), 8, 10)
+OTHER_IDS = compare_vocabularies(numbered(WORDS), numbered(WORDS[::-1]), 8, 8)
+APART = compare_vocabularies(numbered(WORDS), {word: index + 8 for index, word in enumerate(WORDS)}, 16, 16)
 
 
-@checked_often
-@given(order=permutations)
-def test_project_sends_every_token_to_the_id_of_its_text(order) -> None:
-    student = numbered([WORDS[index] for index in order])
-    found = map_vocabulary(numbered(WORDS), student, 8, 8, "project")
-    assert [student[word] for word in WORDS] == found.ids.tolist()
-    assert is_identity(found) == (order == sorted(order))
+@pytest.mark.parametrize("strategy", ["auto", "match", "align", "truncate", "project"])
+def test_nothing_has_to_be_mapped_between_maps_that_agree(strategy) -> None:
+    assert AGREEING.way(strategy) is None
+    assert AGREEING.way(strategy, force=True) is None
 
 
-def test_project_drops_tokens_that_the_student_lacks_and_all_padding() -> None:
-    student = numbered(["zebra", *WORDS[4:], *WORDS[:2]])
-    found = map_vocabulary(numbered(WORDS), student, 10, 12, "project")
-    assert found.ids.tolist() == [5, 6, -1, -1, 1, 2, 3, 4, -1, -1]
+@pytest.mark.parametrize("compared", [AGREEING, OTHER_IDS, APART], ids=["agreeing", "other ids", "apart"])
+def test_sorted_probabilities_are_what_was_asked_for_whatever_the_maps(compared) -> None:
+    assert compared.way("uld") == "uld"
 
 
-def test_project_with_equal_maps_is_the_identity_on_their_tokens() -> None:
-    found = map_vocabulary(numbered(WORDS), numbered(WORDS), 8, 12, "project")
-    assert is_identity(found)
+@pytest.mark.parametrize("compared", [OTHER_IDS, APART], ids=["other ids", "apart"])
+def test_maps_that_differ_are_aligned_unless_another_way_is_named(compared) -> None:
+    ways = {strategy: compared.way(strategy) for strategy in ("auto", "align", "project")}
+    assert ways == {"auto": "align", "align": "align", "project": "project"}
 
 
-def test_project_sends_nothing_beyond_the_rows_of_the_students_head() -> None:
-    found = map_vocabulary(numbered(WORDS), numbered(WORDS[::-1]), 8, 6, "project")
-    assert found.ids.max() < 6
+@pytest.mark.parametrize("compared", [OTHER_IDS, APART], ids=["other ids", "apart"])
+def test_unrelated_ids_are_paired_by_force_alone(compared) -> None:
+    with pytest.raises(VocabularyError, match="--vocab-strategy align, models of one family, or --force"):
+        compared.way("truncate")
+    assert compared.way("truncate", force=True) == "truncate"
 
 
-@pytest.mark.parametrize("strategy", ["truncate", "project"])
-def test_vocabularies_that_share_no_token_are_refused(strategy: str) -> None:
-    with pytest.raises(VocabularyError, match=f"no common token under --vocab-strategy {strategy}"):
-        map_vocabulary(numbered(WORDS), numbered([word.upper() for word in WORDS]), 8, 8, strategy)
+def test_force_does_not_make_a_match_of_maps_that_differ() -> None:
+    with pytest.raises(VocabularyError) as caught:
+        OTHER_IDS.way("match", force=True)
+    assert "--force" not in str(caught.value)
+
+
+def test_maps_without_a_common_id_are_said_to_have_none() -> None:
+    with pytest.raises(VocabularyError, match="no common id, expected one map"):
+        APART.way("match")
 
 
 def test_ids_are_the_int32_that_targets_are_mapped_by() -> None:
-    for strategy in ("match", "truncate", "project"):
-        found = map_vocabulary(numbered(WORDS), numbered(WORDS), 9, 8, strategy)
-        assert found.ids.dtype == np.int32
+    assert AGREEING.map.ids.dtype == np.int32
+    assert VocabularyMap.of_student(9, 3).ids.dtype == np.int32
+
+
+def test_targets_that_are_in_the_students_ids_stay_as_they_are() -> None:
+    found = VocabularyMap.of_student(5, 3)
+    assert (found.ids.tolist(), found.differing) == ([0, 1, 2, 3, 4], 3)
 
 
 # Dense logits -------------------------------------------------------------------------------------------------------
@@ -224,15 +233,6 @@ def test_projecting_along_a_permutation_only_permutes() -> None:
     teacher, order = draw(1, 3, 8), np.random.default_rng(0).permutation(8)
     found, _ = align_vocab_sizes(mx.array(teacher), mx.array(draw(2, 3, 8)), "project", order)
     np.testing.assert_allclose(np.array(found)[:, order], teacher, rtol=1e-5, atol=1e-5)
-
-
-def test_projecting_follows_the_map_that_the_vocabularies_give() -> None:
-    student_words = ["zebra", *WORDS[::-1]]
-    found = map_vocabulary(numbered(WORDS), numbered(student_words), 8, 9, "project")
-    teacher = draw(1, 3, 8)
-    projected, _ = align_vocab_sizes(mx.array(teacher), mx.array(draw(2, 3, 9)), "project", found.ids)
-    expected = np.concatenate([np.zeros((3, 1)), softmax(teacher)[:, ::-1]], axis=-1)
-    np.testing.assert_allclose(softmax(np.array(projected)), expected, rtol=1e-4, atol=1e-7)
 
 
 def test_a_dropped_id_of_great_probability_does_not_wipe_out_the_others() -> None:

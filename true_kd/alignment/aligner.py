@@ -214,9 +214,8 @@ class Text:
             if stop == start and at != len(theirs):
                 continue
             if at >= 0:
-                before = int(np.searchsorted(self._their_ends, at, side="right")) - 1
-                if before < len(self.theirs):
-                    yield Place(index, before, theirs[int(self._their_ends[before]) : at], b"")
+                before = int(np.searchsorted(self._their_ends[:-1], at, side="right")) - 1
+                yield Place(index, before, theirs[int(self._their_ends[before]) : at], b"")
             elif at + stop - start > 0:
                 yield Place(index, 0, b"", ours[start : start - at])
 

@@ -51,7 +51,7 @@ class Softened:
     @property
     def order(self) -> Int[mx.array, "rows vocab"]:
         """The ids of each token, the most likely first."""
-        return mx.argsort(-self._logits, axis=-1)
+        return mx.argsort(-self._logits, axis=-1).astype(mx.int32)
 
     @property
     def logprobs(self) -> Float[mx.array, "rows vocab"]:

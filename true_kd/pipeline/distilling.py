@@ -98,6 +98,8 @@ def capture(jobs: Sequence[Job], failures: Mapping[str, TrueKDError] | None = No
         try:
             paired = look.pair(job.teacher.options, job.config, download=False)
         except ModelError as error:
+            if job.config.vocab_strategy not in ("auto", "match"):
+                raise
             # It may be on another machine: what is captured then fits students of the teacher's tokenizer.
             unknown[job.domain] = str(error)
         else:
