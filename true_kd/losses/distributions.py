@@ -169,7 +169,7 @@ class RankedTargets:
         """The divergence between both distributions once each is sorted.
 
         Of total variation twice this is the Wasserstein distance of the Universal Logit Distillation loss (Boizard et
-        al., 2024, arXiv:2402.12030, equation 4).
+        al., 2024, arXiv:2402.12030).
         """
         ids = mx.take_along_axis(student.order, self.ranks.ids, axis=-1)
         return replace(self.ranks, ids=ids).compare(student, divergence)
