@@ -24,7 +24,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import numpy as np
@@ -41,6 +41,8 @@ LEAST = 0.01
 LOOKED_AT = 0.001
 """Probability from which on a token is decided by itself; others go to the first token that the student writes them
 with."""
+_REMEMBERED = 2**18
+"""Answers about short texts that are kept: the same come again and again."""
 DEEPEST = 8
 """Teacher's tokens that are asked about one after the other, at most."""
 
@@ -129,6 +131,16 @@ class Tables:
             dtype=np.int32,
         )
 
+    @cached_property
+    def counted(self) -> np.ndarray:
+        """`first`, with the student's size for none."""
+        return np.where(self.first >= 0, self.first, self.student.model.size)
+
+    @cached_property
+    def matched(self) -> np.ndarray:
+        """The teacher's tokens that the student has too."""
+        return np.flatnonzero(self.same >= 0)
+
     def first_of(self, text: bytes) -> int:
         """The first token that the student writes a beginning with, -1 for none."""
         tokens = self.student.split(text)
@@ -150,7 +162,7 @@ class Tables:
         order = sorted((piece, index) for index, piece in enumerate(self.teacher.pieces) if piece)
         return [piece for piece, _ in order], np.array([index for _, index in order], dtype=np.int64)
 
-    @cache  # noqa: B019 - as long as the tables live
+    @lru_cache(maxsize=_REMEMBERED)  # noqa: B019 - as long as the tables live
     def continuing(self, inside: bytes) -> tuple[np.ndarray, np.ndarray]:
         """The teacher's tokens that begin with `inside` and go on, and the student's first token of what goes on."""
         pieces, ids = self._sorted
@@ -162,7 +174,7 @@ class Tables:
         firsts = [self.first_of(pieces[at][len(inside) :]) for at in chosen]
         return ids[chosen], np.array(firsts, dtype=np.int32)
 
-    @cache  # noqa: B019 - as long as the tables live
+    @lru_cache(maxsize=_REMEMBERED)  # noqa: B019 - as long as the tables live
     def follow(self, before: int, text: bytes) -> int:
         """The student's token that `text` begins with after its token `before` (-1: after none).
 
@@ -314,11 +326,13 @@ class _Spread:
         rest = probs.copy()
         rest[likely] = 0.0
         rest[realised] = 0.0
-        known = tables.first >= 0
-        self._found += np.bincount(tables.first[known], rest[known], minlength=len(self._found))
-        self._account.matched += float(rest[known & (tables.same >= 0)].sum())
-        self._account.split += float(rest[known & ~(tables.same >= 0)].sum())
-        self._account.nowhere += float(rest[~known].sum())
+        # Those that have none are counted last, and left out.
+        given = np.bincount(tables.counted, rest, minlength=len(self._found) + 1)
+        self._found += given[:-1]
+        matched, nowhere = float(rest[tables.matched].sum()), float(given[-1])
+        self._account.matched += matched
+        self._account.split += max(0.0, float(rest.sum()) - matched - nowhere)
+        self._account.nowhere += nowhere
         for token in likely:
             if token != realised:
                 self._decide(_Beginning(1.0, b"", ()), int(token), float(probs[token]), asked)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from true_kd.errors import VocabularyError
@@ -84,7 +84,7 @@ class Spelling:
         """What a token spells, a special one its name."""
         return self.pieces[token] or self.special.get(token, "").encode()
 
-    @cache  # noqa: B019 - as long as the spelling lives
+    @lru_cache(maxsize=2**18)  # noqa: B019 - as long as the spelling lives
     def split(self, text: bytes) -> tuple[int, ...]:
         """The tokens of a stretch in the middle of a text, one word or so; () where they do not spell it."""
         if self._bytewise:
@@ -96,8 +96,14 @@ class Spelling:
     def _pieces_of(self, text: bytes, is_text: bool) -> list[int]:
         if is_text:
             return self._merge(text.decode().replace(" ", _SPACE))
-        ids = (self.model.ids.get(f"<0x{byte:02X}>") for byte in text)
-        return [index for index in ids if index is not None]
+        return [self._bytes[byte] for byte in text if byte in self._bytes]
+
+    @cached_property
+    def _bytes(self) -> dict[int, int]:
+        """The tokens that stand for single bytes by their number, where the tokenizer has such."""
+        ids = self.model.ids
+        names = {byte: f"<0x{byte:02X}>" for byte in range(256)}
+        return {byte: ids[name] for byte, name in names.items() if name in ids}
 
     def _merge(self, written: str) -> list[int]:
         return [token.id for token in self._model.tokenize(written)]

@@ -12,6 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from true_kd.models.heads import Split
+
 Branch = tuple[int, tuple[int, ...]]
 """A continuation: how many tokens of the sequence come before it, and its own tokens."""
 
@@ -24,8 +26,10 @@ _ROWS = 32
 class Branches:
     """The continuations of one sequence, a batch at a time."""
 
-    def __init__(self, module: nn.Module, tokens: Sequence[int]) -> None:
+    def __init__(self, module: nn.Module, split: Split, tokens: Sequence[int]) -> None:
+        """`split` is the model's own."""
         self._module = module
+        self._split = split
         self._tokens = list(tokens)
         self._cache: list[Any] | None = None
 
@@ -50,9 +54,9 @@ class Branches:
         width = max(len(path) for path in paths)
         # Padding on the right is seen by nothing before it.
         padded = mx.array([path + [0] * (width - len(path)) for path in paths])
-        logits = self._module(padded, cache=self._copies(first, len(group))) if first else self._module(padded)
+        states = self._split.body(padded, self._copies(first, len(group)) if first else None)
         last = mx.array([len(path) - 1 for path in paths])[:, None, None]
-        rows = mx.take_along_axis(logits, last, axis=1)[:, 0].astype(mx.float32)
+        rows = self._split.head(mx.take_along_axis(states, last, axis=1)[:, 0]).astype(mx.float32)
         return np.array(rows - mx.logsumexp(rows, axis=-1, keepdims=True))
 
     def _read_sequence(self) -> list[Any]:
@@ -62,7 +66,7 @@ class Branches:
         cache = make_prompt_cache(self._module)
         if any(type(layer) is not KVCache for layer in cache):
             return []
-        self._module(mx.array([self._tokens]), cache=cache)
+        self._split.body(mx.array([self._tokens]), cache)
         mx.eval([(layer.keys, layer.values) for layer in cache])
         return cache
 

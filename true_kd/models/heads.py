@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,8 +27,9 @@ from true_kd.models.inspection import check_safetensors
 class Split:
     """A model as a body (tokens to hidden states) and an output head (hidden states to logits)."""
 
-    body: Callable[[mx.array], mx.array]
-    """Token ids [batch, sequence] to hidden states [batch, sequence, width], after the final norm."""
+    body: Callable[..., mx.array]
+    """Token ids [batch, sequence] to hidden states [batch, sequence, width], after the final norm; `cache`: what the
+    layers keep of the tokens before, as mlx-lm has it."""
     head: Callable[[mx.array], mx.array]
     """Hidden states [..., width] to logits [..., vocab]: bias, scaling and soft-capping included."""
     layer: str
@@ -185,13 +187,14 @@ def _shell(module: nn.Module, place: str, proxy: _Proxy) -> nn.Module:
     return shell
 
 
-def _body(module: nn.Module, place: str) -> Callable[[mx.array], mx.array]:
+def _body(module: nn.Module, place: str) -> Callable[..., mx.array]:
     """The model up to what the module at `place` answers."""
 
-    def body(tokens: mx.array) -> mx.array:
+    def body(tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
         proxy = _Proxy(_at(module, place))
         # The logits are lazy, and let go before anything computes them.
-        _shell(module, place, proxy)(tokens)
+        shell = _shell(module, place, proxy)
+        shell(tokens) if cache is None else shell(tokens, cache=cache)
         return proxy.answer
 
     return body
