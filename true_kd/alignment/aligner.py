@@ -24,7 +24,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from typing import Literal
 
 import numpy as np
@@ -124,10 +124,20 @@ class Tables:
     def same(self) -> np.ndarray:
         """int32 [teacher ids], the student's token of the same spelling, -1 for none; of special ones as in `first`."""
         ids = self.student.ids
-        return np.array(
-            [ids.get(piece, -1) if piece else self.first[at] for at, piece in enumerate(self.teacher.pieces)],
-            dtype=np.int32,
-        )
+        found = [ids.get(piece, -1) if piece else self.first[at] for at, piece in enumerate(self.teacher.pieces)]
+        for index in self.teacher.model.stop_ids:
+            if index < len(found):
+                found[index] = self.first[index]
+        return np.array(found, dtype=np.int32)
+
+    @cache  # noqa: B019 - a process opens few tokenizers
+    def first_after(self, ahead: bytes) -> np.ndarray:
+        """`first`, where the student spells something before each in one stretch with it."""
+        found = self.first.copy()
+        for index, piece in enumerate(self.teacher.pieces):
+            if ahead and piece and index not in self.teacher.model.stop_ids:
+                found[index] = self.first_of(ahead + piece)
+        return found
 
     def first_of(self, text: bytes) -> int:
         """The first token that the student writes a beginning with, -1 for none."""
@@ -150,7 +160,7 @@ class Tables:
         order = sorted((piece, index) for index, piece in enumerate(self.teacher.pieces) if piece)
         return [piece for piece, _ in order], np.array([index for _, index in order], dtype=np.int64)
 
-    @cache  # noqa: B019 - as long as the tables live
+    @cache  # noqa: B019 - a process opens few tokenizers
     def continuing(self, inside: bytes) -> tuple[np.ndarray, np.ndarray]:
         """The teacher's tokens that begin with `inside` and go on, and the student's first token of what goes on."""
         pieces, ids = self._sorted
@@ -162,7 +172,7 @@ class Tables:
         firsts = [self.first_of(pieces[at][len(inside) :]) for at in chosen]
         return ids[chosen], np.array(firsts, dtype=np.int32)
 
-    @cache  # noqa: B019 - as long as the tables live
+    @lru_cache(maxsize=2**16)  # noqa: B019 - a process opens few tokenizers
     def follow(self, before: int, text: bytes) -> int:
         """The student's token that `text` begins with after its token `before` (-1: after none).
 
@@ -202,7 +212,7 @@ class Text:
         alike = _common(ours[max(0, -shift) :], theirs[max(0, shift) :]) + max(0, -shift)
         # After a stretch that the two spell otherwise they are alike again, counted from the end.
         behind = len(theirs) - len(ours)
-        after = len(ours) - _common(ours[::-1], theirs[::-1])
+        after = max(len(ours) - _common(ours[::-1], theirs[::-1]), alike, alike + shift - behind)
         for index in range(len(self.ours)):
             start, stop = int(self._our_ends[index]), int(self._our_ends[index + 1])
             if stop <= alike:
@@ -213,8 +223,11 @@ class Text:
                 continue
             if stop == start and at != len(theirs):
                 continue
-            if at >= 0:
+            if stop == start:
+                before = int(np.searchsorted(self._their_ends, at, side="left"))
+            else:
                 before = int(np.searchsorted(self._their_ends, at, side="right")) - 1
+            if at >= 0:
                 if before < len(self.theirs):
                     yield Place(index, before, theirs[int(self._their_ends[before]) : at], b"")
             elif at + stop - start > 0:
@@ -289,7 +302,7 @@ class _Spread:
         asked: list[_Beginning] = []
         while at < len(self._theirs):
             probs, realised = self._probs(at), self._theirs[at]
-            if not on.path and not on.text:
+            if not on.path:
                 own = (
                     self._start_inside(probs, realised, asked) if place.inside else self._start(probs, realised, asked)
                 )
@@ -315,21 +328,25 @@ class _Spread:
         rest = probs.copy()
         rest[likely] = 0.0
         rest[realised] = 0.0
-        known = tables.first >= 0
-        self._found += np.bincount(tables.first[known], rest[known], minlength=len(self._found))
+        firsts = tables.first_after(self._place.ahead)
+        known = firsts >= 0
+        self._found += np.bincount(firsts[known], rest[known], minlength=len(self._found))
         self._account.matched += float(rest[known & (tables.same >= 0)].sum())
         self._account.split += float(rest[known & ~(tables.same >= 0)].sum())
         self._account.nowhere += float(rest[~known].sum())
         for token in likely:
             if token != realised:
-                self._decide(_Beginning(1.0, b"", ()), int(token), float(probs[token]), asked)
+                self._decide(_Beginning(1.0, self._place.ahead, ()), int(token), float(probs[token]), asked)
         return float(probs[realised])
 
     def _start_inside(self, probs: np.ndarray, realised: int, asked: list[_Beginning]) -> float:
         """Inside a token of the teacher's: those that agree with the text so far."""
         ids, firsts = self._tables.continuing(self._place.inside)
-        shares = probs[ids] / max(float(probs[ids].sum()), 1e-300)
         others = ids != realised
+        mass = float(probs[ids].sum())
+        if mass <= 0 or others.all():  # none agrees, or the text is inside the name of a special token
+            return 1.0
+        shares = probs[ids] / mass
         known = others & (firsts >= 0)
         self._found += np.bincount(firsts[known], shares[known], minlength=len(self._found))
         self._account.split += float(shares[known].sum())
@@ -362,7 +379,7 @@ class _Spread:
         """Give out the probability of a beginning and one more token, or ask about it."""
         piece = self._tables.teacher.pieces[token]
         if token in self._tables.teacher.model.stop_ids or not piece:
-            if on.text:
+            if on.path:
                 self._give(_Beginning(mass, on.text, on.path), "chained")
             else:
                 self._add(int(self._tables.first[token]), mass, "matched")
@@ -370,7 +387,7 @@ class _Spread:
         longer = _Beginning(mass, on.text + piece, (*on.path, token))
         if not self._may_grow(longer):
             ids = self._tables.student.ids
-            self._give(longer, "chained" if on.text else "matched" if longer.text in ids else "split")
+            self._give(longer, "chained" if on.path else "matched" if longer.text in ids else "split")
         elif mass >= LEAST:
             asked.append(longer)
         else:
