@@ -289,7 +289,7 @@ class _AlignedScorer:
 
     def score(self, item: TeacherPrompt, response: Sequence[int], finished: str) -> CachedReply:
         opening = item.rendered.prompt
-        branches = Branches(self._module, [*opening, *response])
+        branches = Branches(self._module, self._split, [*opening, *response])
         found = self._aligner.score(
             self._split, branches, opening, (response, finished), item.key, self._settings, item.text
         )
