@@ -99,26 +99,26 @@ class Spelling:
         return tuple(tokens) if self.join(tokens) == text else ()
 
     def _split_plain(self, text: bytes) -> list[int]:
+        parts = _characters(text)
         if not self._bytewise:
-            return [token for part, is_text in _characters(text) for token in self._pieces_of(part, is_text)]
+            return [token for part, is_text in parts for token in self._pieces_of(part, is_text)]
         # A part of a character may be that of a symbol or of a letter.
-        tries = (
-            [token for word in self._words_of(text, kind) for token in self._merge(word)] for kind in "\ufffd\u00e9"
-        )
-        return min(tries, key=len)
+        kinds = "" if self._words is None else "\ufffd" if all(is_text for _, is_text in parts) else "\ufffd\u00e9"
+        tries = [[token for word in self._words_of(parts, kind) for token in self._merge(word)] for kind in kinds]
+        return min(tries, key=len) if tries else self._merge(_write(text))
 
-    def _words_of(self, text: bytes, kind: str) -> list[str]:
-        """The stretches that no token goes beyond, in the letters of the alphabet."""
+    def _words_of(self, parts: Sequence[tuple[bytes, bool]], kind: str) -> list[str]:
+        """The stretches that no token goes beyond, in the letters of the alphabet; `kind` stands for parts of
+        characters."""
         characters: list[bytes] = []
         seen = ""
-        for part, is_text in _characters(text):
+        for part, is_text in parts:
             characters += [character.encode() for character in part.decode()] if is_text else [part]
             seen += part.decode() if is_text else kind
-        spans = [span for _, span in self._words.pre_tokenize_str(seen)] if self._words and seen else []
-        ends = [0, *(stop for _, stop in spans)]
-        if [start for start, _ in spans] != ends[:-1] or ends[-1] != len(seen):
-            spans = [(0, len(seen))]
-        return ["".join(_LETTERS[byte] for byte in b"".join(characters[start:stop])) for start, stop in spans]
+        spans = [span for _, span in self._words.pre_tokenize_str(seen)]
+        if len(spans) < 2 or sum(stop - start for start, stop in spans) != len(seen):
+            return [_write(b"".join(characters))]
+        return [_write(b"".join(characters[start:stop])) for start, stop in spans]
 
     def _pieces_of(self, text: bytes, is_text: bool) -> list[int]:
         if is_text:
@@ -169,6 +169,11 @@ def _kinds(part: Any) -> set[str]:
     if isinstance(part, list):
         return set().union(*(_kinds(value) for value in part))
     return set()
+
+
+def _write(text: bytes) -> str:
+    """Bytes in the letters of the alphabet."""
+    return "".join(_LETTERS[byte] for byte in text)
 
 
 def _characters(text: bytes) -> list[tuple[bytes, bool]]:
