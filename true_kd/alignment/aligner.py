@@ -126,15 +126,20 @@ class Tables:
     def same(self) -> np.ndarray:
         """int32 [teacher ids], the student's token of the same spelling, -1 for none; of special ones as in `first`."""
         ids = self.student.ids
-        return np.array(
-            [ids.get(piece, -1) if piece else self.first[at] for at, piece in enumerate(self.teacher.pieces)],
-            dtype=np.int32,
-        )
+        found = [ids.get(piece, -1) if piece else self.first[at] for at, piece in enumerate(self.teacher.pieces)]
+        for index in self.teacher.model.stop_ids:
+            if index < len(found):
+                found[index] = self.first[index]
+        return np.array(found, dtype=np.int32)
 
-    @cached_property
-    def counted(self) -> np.ndarray:
-        """`first`, with the student's size for none."""
-        return np.where(self.first >= 0, self.first, self.student.model.size)
+    @lru_cache(maxsize=4)  # noqa: B019 - a process opens few tokenizers
+    def counted_after(self, ahead: bytes) -> np.ndarray:
+        """`first` of each where the student spells `ahead` in one stretch with it; the student's size for none."""
+        found = self.first.copy()
+        for index, piece in enumerate(self.teacher.pieces):
+            if ahead and piece and index not in self.teacher.model.stop_ids:
+                found[index] = self.first_of(ahead + piece)
+        return np.where(found >= 0, found, self.student.model.size)
 
     @cached_property
     def matched(self) -> np.ndarray:
@@ -214,7 +219,7 @@ class Text:
         alike = _common(ours[max(0, -shift) :], theirs[max(0, shift) :]) + max(0, -shift)
         # After a stretch that the two spell otherwise they are alike again, counted from the end.
         behind = len(theirs) - len(ours)
-        after = len(ours) - _common(ours[::-1], theirs[::-1])
+        after = max(len(ours) - _common(ours[::-1], theirs[::-1]), alike, alike + shift - behind)
         for index in range(len(self.ours)):
             start, stop = int(self._our_ends[index]), int(self._our_ends[index + 1])
             if stop <= alike:
@@ -225,9 +230,13 @@ class Text:
                 continue
             if stop == start and at != len(theirs):
                 continue
+            if stop == start:
+                before = int(np.searchsorted(self._their_ends, at, side="left"))
+            else:
+                before = int(np.searchsorted(self._their_ends, at, side="right")) - 1
             if at >= 0:
-                before = int(np.searchsorted(self._their_ends[:-1], at, side="right")) - 1
-                yield Place(index, before, theirs[int(self._their_ends[before]) : at], b"")
+                if before < len(self.theirs):
+                    yield Place(index, before, theirs[int(self._their_ends[before]) : at], b"")
             elif at + stop - start > 0:
                 yield Place(index, 0, b"", ours[start : start - at])
 
@@ -300,7 +309,7 @@ class _Spread:
         asked: list[_Beginning] = []
         while at < len(self._theirs):
             probs, realised = self._probs(at), self._theirs[at]
-            if not on.path and not on.text:
+            if not on.path:
                 own = (
                     self._start_inside(probs, realised, asked) if place.inside else self._start(probs, realised, asked)
                 )
@@ -327,7 +336,7 @@ class _Spread:
         rest[likely] = 0.0
         rest[realised] = 0.0
         # Those that have none are counted last, and left out.
-        given = np.bincount(tables.counted, rest, minlength=len(self._found) + 1)
+        given = np.bincount(tables.counted_after(self._place.ahead), rest, minlength=len(self._found) + 1)
         self._found += given[:-1]
         matched, nowhere = float(rest[tables.matched].sum()), float(given[-1])
         self._account.matched += matched
@@ -335,14 +344,17 @@ class _Spread:
         self._account.nowhere += nowhere
         for token in likely:
             if token != realised:
-                self._decide(_Beginning(1.0, b"", ()), int(token), float(probs[token]), asked)
+                self._decide(_Beginning(1.0, self._place.ahead, ()), int(token), float(probs[token]), asked)
         return float(probs[realised])
 
     def _start_inside(self, probs: np.ndarray, realised: int, asked: list[_Beginning]) -> float:
         """Inside a token of the teacher's: those that agree with the text so far."""
         ids, firsts = self._tables.continuing(self._place.inside)
-        shares = probs[ids] / max(float(probs[ids].sum()), 1e-300)
         others = ids != realised
+        mass = float(probs[ids].sum())
+        if mass <= 0 or others.all():  # none agrees, or the text is inside the name of a special token
+            return 1.0
+        shares = probs[ids] / mass
         known = others & (firsts >= 0)
         self._found += np.bincount(firsts[known], shares[known], minlength=len(self._found))
         self._account.split += float(shares[known].sum())
@@ -375,7 +387,7 @@ class _Spread:
         """Give out the probability of a beginning and one more token, or ask about it."""
         piece = self._tables.teacher.pieces[token]
         if token in self._tables.teacher.model.stop_ids or not piece:
-            if on.text:
+            if on.path:
                 self._give(_Beginning(mass, on.text, on.path), "chained")
             else:
                 self._add(int(self._tables.first[token]), mass, "matched")
@@ -383,7 +395,7 @@ class _Spread:
         longer = _Beginning(mass, on.text + piece, (*on.path, token))
         if not self._may_grow(longer):
             ids = self._tables.student.ids
-            self._give(longer, "chained" if on.text else "matched" if longer.text in ids else "split")
+            self._give(longer, "chained" if on.path else "matched" if longer.text in ids else "split")
         elif mass >= LEAST:
             asked.append(longer)
         else:

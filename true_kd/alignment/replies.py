@@ -16,7 +16,7 @@ import numpy as np
 
 from true_kd.alignment.aligner import Account, Place, Tables, Text, Way
 from true_kd.alignment.compatibility import Compatibility, compare_spellings
-from true_kd.alignment.spelling import Spelling
+from true_kd.alignment.spelling import Spelling, indent
 from true_kd.examples import TEMPLATE_DATE
 from true_kd.files import digest_json
 from true_kd.models import (
@@ -97,22 +97,23 @@ class Aligner:
         theirs, ours = self.teacher_spelling, self.student_spelling
         if text is not None:
             tokens = list(self.student.tokenizer.encode(text))
-            shift = self._start(ours, tokens[:1]) - self._start(theirs, opening)
+            shift = self._start(ours, tokens, 1, text) - self._start(theirs, [*opening, *response], len(opening), text)
             return Text(self._tables, response, tokens[1:], shift)
         spelled = theirs.join([token for token in response if token not in self._stop])
         added = theirs.adds_space and bool(theirs.model.tokenizer.has_chat_template) and spelled.startswith(b" ")
         content = spelled[added:]
         continues = not self.student.tokenizer.has_chat_template or content.startswith(b" ")
         tokens = ours.encode(content, continues)
+        shift = added - (indent(ours.join(tokens)) - indent(content))
         if response and response[-1] in self._stop and self._tables.stop_id is not None:
             tokens.append(self._tables.stop_id)
-        return Text(self._tables, response, tokens, added - (ours.adds_space and not continues))
+        return Text(self._tables, response, tokens, shift)
 
     @staticmethod
-    def _start(spelling: Spelling, opening: Sequence[int]) -> int:
-        """Bytes of a text before what is predicted of it."""
-        spelled = sum(len(spelling.pieces[token] or b"") for token in opening)
-        return spelled - spelling.adds_space
+    def _start(spelling: Spelling, tokens: Sequence[int], count: int, text: str) -> int:
+        """Bytes of a text before what is predicted of it: those of its first tokens, without an added space."""
+        pieces = [spelling.pieces[token] or b"" for token in tokens]
+        return len(b"".join(pieces[:count])) - (indent(b"".join(pieces)) - indent(text.encode()))
 
     def score(
         self,
@@ -132,7 +133,7 @@ class Aligner:
         rows = _Rows(lambda start, stop: split.head(states[start:stop]), len(response))
         tokens, uniforms = np.array(retold.ours, dtype=np.int32), uniforms_of(key, max(1, len(retold.ours)))
         parts, total = [], Account()
-        for group in _groups(retold.places or [Place(0, 0, b"", b"")]):
+        for group in _groups(retold.places):
             spread = self._spread(retold, group, rows, branches, len(opening))
             found, accounts = zip(*spread, strict=True)
             index = [place.index for place in group]
@@ -141,8 +142,11 @@ class Aligner:
             parts.append(encode(logits, mx.array(tokens[index]), uniforms[index], settings, self.way == "uld"))
             for account in accounts:
                 total += account
+        if not parts:
+            row = encode(mx.zeros((1, self.student.size)), mx.array([0]), uniforms[:1], settings, self.way == "uld")
+            parts = [row.first(0)]
         kept = np.array([place.index for place in retold.places], dtype=np.int32)
-        return CachedReply(tokens, finished, join(parts).first(len(kept)), kept, total.shares(len(kept)))
+        return CachedReply(tokens, finished, join(parts), kept, total.shares(len(kept)))
 
     def _spread(
         self, retold: Text, places: Sequence[Place], rows: _Rows, branches: Branches, start: int

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -35,7 +35,8 @@ class Spelling:
         backend = getattr(model.tokenizer, "backend_tokenizer", None)
         layout = self.layout = json.loads(backend.to_str()) if backend is not None else {}
         self._bytewise = "ByteLevel" in _kinds(layout.get("decoder")) | _kinds(layout.get("pre_tokenizer"))
-        pieces = not self._bytewise and (layout.get("model", {}).get("byte_fallback") or _SPACE in json.dumps(layout))
+        steps = json.dumps([layout.get("normalizer"), layout.get("pre_tokenizer")], ensure_ascii=False)
+        pieces = not self._bytewise and (layout.get("model", {}).get("byte_fallback") or _SPACE in steps)
         if not (self._bytewise or pieces):
             raise VocabularyError(
                 f"{quote(model.name)}: its tokenizer is neither byte-level BPE nor of SentencePiece's kind, expected "
@@ -46,12 +47,16 @@ class Spelling:
         """Text of the tokens that no reply spells: turn marks, padding."""
         self.pieces: list[bytes | None] = [None] * model.size
         """What each id stands for; None for special tokens and for rows that only pad the output head."""
-        for text, index in model.ids.items():
+        self._token_ids = model.ids
+        for text, index in self._token_ids.items():
             if index >= model.size or index in self.special:
                 continue
-            self.pieces[index] = text.encode() if index in added else self._spell(text)
+            self.pieces[index] = text.encode() if self._bytewise and index in added else self._spell(text)
         self._model = backend.model
-        self._unknown = layout["model"].get("unk_token")
+        # One that adds a space cuts the middle of a text as if it were its beginning.
+        self._words = None if '"add_prefix_space": true' in steps else backend.pre_tokenizer
+        plain = sorted((token["content"].encode() for token in added.values() if not token["special"]), key=len)
+        self._added = re.compile(b"(" + b"|".join(map(re.escape, reversed(plain))) + b")") if plain else None
 
     def _spell(self, token: str) -> bytes:
         if self._bytewise:
@@ -84,49 +89,77 @@ class Spelling:
         """What a token spells, a special one its name."""
         return self.pieces[token] or self.special.get(token, "").encode()
 
-    @lru_cache(maxsize=2**18)  # noqa: B019 - as long as the spelling lives
+    @lru_cache(maxsize=2**18)  # noqa: B019 - a process opens few tokenizers
     def split(self, text: bytes) -> tuple[int, ...]:
         """The tokens of a stretch in the middle of a text, one word or so; () where they do not spell it."""
-        if self._bytewise:
-            tokens = self._merge("".join(_LETTERS[byte] for byte in text))
-        else:
-            tokens = [token for part, is_text in _characters(text) for token in self._pieces_of(part, is_text)]
+        tokens: list[int] = []
+        # Every other part is an added token.
+        for at, part in enumerate(self._added.split(text) if self._added else [text]):
+            tokens += [self._token_ids[part.decode()]] if at % 2 else self._split_plain(part)
         return tuple(tokens) if self.join(tokens) == text else ()
+
+    def _split_plain(self, text: bytes) -> list[int]:
+        parts = _characters(text)
+        if not self._bytewise:
+            return [token for part, is_text in parts for token in self._pieces_of(part, is_text)]
+        # A part of a character may be that of a symbol or of a letter.
+        kinds = "" if self._words is None else "\ufffd" if all(is_text for _, is_text in parts) else "\ufffd\u00e9"
+        tries = [[token for word in self._words_of(parts, kind) for token in self._merge(word)] for kind in kinds]
+        return min(tries, key=len) if tries else self._merge(_write(text))
+
+    def _words_of(self, parts: Sequence[tuple[bytes, bool]], kind: str) -> list[str]:
+        """The stretches that no token goes beyond, in the letters of the alphabet; `kind` stands for parts of
+        characters."""
+        characters: list[bytes] = []
+        seen = ""
+        for part, is_text in parts:
+            characters += [character.encode() for character in part.decode()] if is_text else [part]
+            seen += part.decode() if is_text else kind
+        spans = [span for _, span in self._words.pre_tokenize_str(seen)]
+        if len(spans) < 2 or sum(stop - start for start, stop in spans) != len(seen):
+            return [_write(b"".join(characters))]
+        return [_write(b"".join(characters[start:stop])) for start, stop in spans]
 
     def _pieces_of(self, text: bytes, is_text: bool) -> list[int]:
         if is_text:
             return self._merge(text.decode().replace(" ", _SPACE))
-        return [self._bytes[byte] for byte in text if byte in self._bytes]
-
-    @cached_property
-    def _bytes(self) -> dict[int, int]:
-        """The tokens that stand for single bytes by their number, where the tokenizer has such."""
-        ids = self.model.ids
-        names = {byte: f"<0x{byte:02X}>" for byte in range(256)}
-        return {byte: ids[name] for byte, name in names.items() if name in ids}
+        ids = (self._token_ids.get(f"<0x{byte:02X}>") for byte in text)
+        return [index for index in ids if index is not None]
 
     def _merge(self, written: str) -> list[int]:
         return [token.id for token in self._model.tokenize(written)]
 
     def encode(self, text: bytes, continues: bool) -> list[int]:
-        """The tokens of a whole reply; bytes that are no character become U+FFFD where the tokenizer has no bytes.
+        """The tokens of a whole reply; bytes that are no character become U+FFFD.
 
         `continues`: the reply goes on in the middle of a text, so that no space is added in front of it.
         """
         plain = text.decode("utf-8", errors="replace")
-        if self.adds_space and continues:
-            if not plain.startswith(" "):
-                # A line break takes no space after it, and is taken off again.
-                return self._without_first(plain)
-            plain = plain[1:]
-        return list(self.model.tokenizer.encode(plain, add_special_tokens=False))
+        if not (self.adds_space and continues):
+            return self._encode(plain)
+        # Some add a space in front of a space too, others do not.
+        tries = [self._encode(plain[1:]), self._encode(plain)] if plain.startswith(" ") else self._encode_after(plain)
+        for tokens in tries:
+            if indent(self.join(tokens)) == indent(plain.encode()):
+                return tokens
+        return list(self.split(plain.encode())) or self._encode(plain)
 
-    def _without_first(self, text: str) -> list[int]:
-        tokens = list(self.model.tokenizer.encode(f"\n{text}", add_special_tokens=False))
-        for count in range(1, len(tokens) + 1):
-            if self.join(tokens[:count]).endswith(b"\n"):
-                return tokens[count:]
-        return tokens
+    def _encode(self, text: str) -> list[int]:
+        return list(self.model.tokenizer.encode(text, add_special_tokens=False))
+
+    def _encode_after(self, text: str) -> Iterator[list[int]]:
+        """The tokens of a text behind a mark that takes no space after it, and that none of them reaches into."""
+        for mark in ("\n", "\t", "|", "0"):
+            tokens = self._encode(mark + text)
+            for count in range(1, len(tokens) + 1):
+                if self.join(tokens[:count]) in (mark.encode(), b" " + mark.encode()):
+                    yield tokens[count:]
+                    break
+
+
+def indent(text: bytes) -> int:
+    """How many spaces a text begins with."""
+    return len(text) - len(text.lstrip(b" "))
 
 
 def _kinds(part: Any) -> set[str]:
@@ -136,6 +169,11 @@ def _kinds(part: Any) -> set[str]:
     if isinstance(part, list):
         return set().union(*(_kinds(value) for value in part))
     return set()
+
+
+def _write(text: bytes) -> str:
+    """Bytes in the letters of the alphabet."""
+    return "".join(_LETTERS[byte] for byte in text)
 
 
 def _characters(text: bytes) -> list[tuple[bytes, bool]]:

@@ -48,38 +48,39 @@ class Branches:
     def _read(self, first: int, group: Sequence[Branch]) -> np.ndarray:
         """Continuations that begin at `first` or a little later."""
         self._cache = self._cache or self._read_sequence()
-        # Whatever keeps no plain keys and values, a window or a state, reads every continuation from the beginning.
+        # Whatever keeps more than keys and values, such as a state, reads every continuation from the beginning.
         first = first if self._cache else 0
         paths = [[*self._tokens[first:start], *path] for start, path in group]
         width = max(len(path) for path in paths)
         # Padding on the right is seen by nothing before it.
         padded = mx.array([path + [0] * (width - len(path)) for path in paths])
-        states = self._split.body(padded, self._copies(first, len(group)) if first else None)
+        # Logits of whole sequences side by side would not fit into memory: the head reads the last of each alone.
         last = mx.array([len(path) - 1 for path in paths])[:, None, None]
+        states = self._split.body(padded, self._copies(first, len(group)) if first else None)
         rows = self._split.head(mx.take_along_axis(states, last, axis=1)[:, 0]).astype(mx.float32)
         return np.array(rows - mx.logsumexp(rows, axis=-1, keepdims=True))
 
     def _read_sequence(self) -> list[Any]:
         """The cache of every layer; empty where one is of a kind that cannot be cut to any length."""
-        from mlx_lm.models.cache import KVCache, make_prompt_cache
+        from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
         cache = make_prompt_cache(self._module)
-        if any(type(layer) is not KVCache for layer in cache):
+        if any(type(layer) not in (KVCache, RotatingKVCache) for layer in cache):
             return []
+        # Read at once, so that a window's cache has all of it, in order.
         self._split.body(mx.array([self._tokens]), cache)
         mx.eval([(layer.keys, layer.values) for layer in cache])
         return cache
 
     def _copies(self, length: int, rows: int) -> list[Any]:
         """The cache as it was after `length` tokens, for so many sequences side by side."""
-        from mlx_lm.models.cache import KVCache
+        from mlx_lm.models.cache import KVCache, RotatingKVCache
 
         copies = []
         for layer in self._cache or ():
-            copy = KVCache()
-            copy.keys, copy.values = (
-                mx.repeat(array[..., :length, :], rows, axis=0) for array in (layer.keys, layer.values)
-            )
-            copy.offset = length
+            is_window = type(layer) is RotatingKVCache
+            copy = RotatingKVCache(layer.max_size, layer.keep) if is_window else KVCache()
+            arrays = (mx.repeat(array[..., :length, :], rows, axis=0) for array in (layer.keys, layer.values))
+            copy.state = (*arrays, length, layer.keep, layer.max_size, length) if is_window else (*arrays, length)
             copies.append(copy)
         return copies
