@@ -252,7 +252,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     if arguments.stories:
-        data = read_stories(arguments.stories, arguments.train, 2 * arguments.held_out, arguments.domain)
+        data = read_stories(arguments.stories, arguments.train, 2 * arguments.held_out)
     else:
         data = make_tasks(arguments.train, 2 * arguments.held_out, arguments.domain)
     theirs, ours = ModelOptions(model=arguments.teacher), ModelOptions(model=arguments.student)
