@@ -32,7 +32,7 @@ import numpy as np
 import pocket_tasks
 
 from true_kd.alignment import Aligner
-from true_kd.alignment.aligner import Way
+from true_kd.alignment.aligner import LEAST, Way
 from true_kd.batching import BatchOptions, epoch_batches
 from true_kd.cache import TargetCache
 from true_kd.capture import CaptureOptions, TeacherPrompt, capture, render_for, teacher_identity
@@ -121,9 +121,11 @@ def make_examples(
     prompts: Sequence[Prompt],
     asked: Sequence[TeacherPrompt],
     replies: Sequence[CachedReply],
+    least: float,
 ) -> list[Example]:
     """The replies with the teacher's distribution in the student's vocabulary."""
-    aligner, split, settings = Aligner(way, teacher, student), split_head(teacher.module), TargetOptions().settings
+    aligner, split = Aligner(way, teacher, student, least), split_head(teacher.module)
+    settings = TargetOptions().settings
     examples = []
     for prompt, item, reply in zip(prompts, asked, replies, strict=True):
         opening, response = item.rendered.prompt, reply.tokens.tolist()
@@ -248,6 +250,7 @@ def main() -> None:
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=list(STRATEGIES))
+    parser.add_argument("--least", type=float, default=LEAST, help="ask the teacher about beginnings this likely")
     parser.add_argument("--cache", type=Path, help="Keep the teacher's replies here")
     arguments = parser.parse_args()
 
@@ -272,7 +275,9 @@ def main() -> None:
     examples: dict[str, list[Example]] = {}
     for way in dict.fromkeys("align" if strategy == "sft" else strategy for strategy in arguments.strategies):
         started = time.perf_counter()
-        examples[way] = make_examples(way, teacher, student, data.train, asked[:split], replies[:split])
+        examples[way] = make_examples(
+            way, teacher, student, data.train, asked[:split], replies[:split], arguments.least
+        )
         tokens = sum(len(example.kept) for example in examples[way])
         print(f"{way}: {tokens:,} tokens in {time.perf_counter() - started:.0f} s", flush=True)
     del teacher, student

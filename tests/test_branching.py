@@ -11,7 +11,7 @@ import pytest
 from families import FAMILIES, VOCAB, build
 
 from true_kd.models import Branches, split_head
-from true_kd.models.branching import Branch
+from true_kd.models.branching import Branch, Grid
 
 LENGTH = 14
 
@@ -41,6 +41,15 @@ def agree(module: nn.Module, tokens: Sequence[int], *questions: Sequence[Branch]
 def test_continuations_are_read_as_the_whole_sequence_would_be(name: str) -> None:
     asked = [(0, (5,)), (3, (7, 8, 9)), (4, (1,)), (5, (2, 3)), (13, (4, 5, 6, 7)), (14, (9,)), (12, (11, 12))]
     agree(build(name), sequence(1), asked)
+
+
+@pytest.mark.parametrize("grid", [Grid(1), Grid(16, 8, 8), Grid(4, 2, 32)], ids=str)
+@pytest.mark.parametrize("name", ["llama tied", "gemma3 text", "mamba"])
+def test_what_is_computed_together_changes_no_answer(name: str, grid: Grid) -> None:
+    module, tokens = build(name), sequence(1)
+    asked = [(0, (5,)), (3, (7, 8, 9)), (7, (1,)), (8, (2, 3)), (9, (1,) * 9), (14, (9,))]
+    found = Branches(module, split_head(module), tokens, grid).logprobs(asked)
+    np.testing.assert_allclose(found, read_plainly(module, tokens, asked), atol=2e-4)
 
 
 @pytest.mark.parametrize("name", ["llama tied", "gemma3 text", "mamba"])

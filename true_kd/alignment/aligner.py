@@ -100,8 +100,9 @@ class Place:
 class Tables:
     """What two spellings say about each other, once for all texts."""
 
-    def __init__(self, teacher: Spelling, student: Spelling, stop_id: int | None) -> None:
-        """`stop_id` is what the student ends a reply with."""
+    def __init__(self, teacher: Spelling, student: Spelling, stop_id: int | None, least: float = LEAST) -> None:
+        """`stop_id` is what the student ends a reply with, `least` the probability of a beginning to ask about."""
+        self.least = least
         self.teacher = teacher
         self.student = student
         self.stop_id = stop_id
@@ -396,7 +397,7 @@ class _Spread:
         if not self._may_grow(longer):
             ids = self._tables.student.ids
             self._give(longer, "chained" if on.path else "matched" if longer.text in ids else "split")
-        elif mass >= LEAST:
+        elif mass >= self._tables.least:
             asked.append(longer)
         else:
             self._give(longer, "unasked")

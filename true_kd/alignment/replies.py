@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from true_kd.alignment.aligner import Account, Place, Tables, Text, Way
+from true_kd.alignment.aligner import LEAST, Account, Place, Tables, Text, Way
 from true_kd.alignment.compatibility import Compatibility, compare_spellings
 from true_kd.alignment.spelling import Spelling, indent
 from true_kd.examples import TEMPLATE_DATE
@@ -68,15 +68,17 @@ def find_alignment(way: Way, options: ModelOptions, teacher: ModelTokenizer, stu
 class Aligner:
     """Retells the replies of one teacher in the tokens of one student."""
 
-    def __init__(self, way: Way, teacher: ModelTokenizer, student: ModelTokenizer) -> None:
+    def __init__(self, way: Way, teacher: ModelTokenizer, student: ModelTokenizer, least: float = LEAST) -> None:
+        """`least` is the probability from which on the teacher is asked about a beginning."""
         self.way = way
+        self._least = least
         self.student = student
         self.teacher_spelling, self.student_spelling = Spelling(teacher), Spelling(student)
         self._stop = set(teacher.stop_ids)
 
     @cached_property
     def _tables(self) -> Tables:
-        return Tables(self.teacher_spelling, self.student_spelling, _reply_end(self.student))
+        return Tables(self.teacher_spelling, self.student_spelling, _reply_end(self.student), self._least)
 
     @property
     def compatibility(self) -> Compatibility:
@@ -213,7 +215,7 @@ class _Rows:
         return self._chunks[number][at - number * self._CHUNK]
 
 
-_TOGETHER = 16
+_TOGETHER = 32
 """Places whose questions to the teacher are put together."""
 
 
