@@ -875,6 +875,20 @@ def test_a_capture_ends_with_code_0_and_says_what_each_domain_takes(captured: Si
     assert lines[-1].startswith("2 captured, 0 failed, ")
 
 
+def test_a_capture_without_the_student_says_for_whom_it_captures(captured: SimpleNamespace) -> None:
+    lines = [line for line in captured.ended.out.splitlines() if "./nonsense" in line]
+    assert len(lines) == 2
+    for domain, line in zip(("cats", "dogs"), lines, strict=True):
+        assert line.startswith(f"{domain}: captured for students of the teacher's own tokenizer: student './nonsense': ")
+
+
+def test_a_capture_for_a_student_of_another_tokenizer_needs_it(cli, project: Path) -> None:
+    before = tree(project)
+    said = refused(cli("capture", "-d", "cats", "--student", "./nonsense", "--vocab-strategy", "align"))
+    assert said.startswith("student './nonsense': no such folder")
+    assert tree(project) == before
+
+
 def test_a_capture_leaves_nothing_but_a_cache(captured: SimpleNamespace) -> None:
     assert {name.partition("/")[0] for name in captured.after - captured.before} == {"cache"}
     assert captured.before <= captured.after

@@ -13,7 +13,16 @@ from textbook import CASES, SAMPLED, Case, kl, log_softmax, slope, softmax
 
 from true_kd.batching import collate
 from true_kd.examples import Example
-from true_kd.losses import BatchTargets, HeadTargets, Objective, Softened, TokenTargets, head_losses, token_losses
+from true_kd.losses import (
+    BatchTargets,
+    HeadTargets,
+    Objective,
+    RankedTargets,
+    Softened,
+    TokenTargets,
+    head_losses,
+    token_losses,
+)
 from true_kd.losses.divergences import ForwardKL, ReverseKL
 from true_kd.targets import TargetSettings, TeacherHead, encode
 
@@ -463,3 +472,54 @@ def test_forward_kl_can_be_sampled_and_reverse_kl_cannot() -> None:
     assert ForwardKL().sampled
     assert not ReverseKL().sampled
     assert set(SAMPLED) == set(CASES) - {"reverse_kl"}
+
+
+# Probabilities without their tokens ---------------------------------------------------------------------------------
+
+
+def ranked(teacher: np.ndarray, temperature: float) -> RankedTargets:
+    """The teacher's probabilities, the largest first."""
+    return RankedTargets(covering(-np.sort(-teacher, axis=-1), temperature))
+
+
+@every_temperature
+def test_sorted_probabilities_are_compared_as_their_authors_do(temperature: float) -> None:
+    teacher, student = draw_logits(1, ROWS, VOCAB), draw_logits(2, ROWS, VOCAB)
+    found = measured(student, ranked(teacher, temperature), CASES["total_variation"], temperature)
+    one, other = (np.sort(softmax(logits, temperature), axis=-1) for logits in (teacher, student))
+    distance = np.abs(one - other).sum(axis=-1)
+    np.testing.assert_allclose(found, temperature**2 * distance / 2, rtol=1e-4, atol=1e-6)
+
+
+@every_case
+def test_sorted_probabilities_do_not_care_whose_they_are(case: Case) -> None:
+    teacher = draw_logits(1, ROWS, VOCAB)
+    shuffled = np.random.default_rng(3).permuted(teacher, axis=-1)
+    np.testing.assert_allclose(measured(shuffled, ranked(teacher, 2.0), case, 2.0), 0.0, atol=1e-5)
+
+
+@every_case
+def test_the_slope_of_sorted_probabilities_is_that_of_sorted_logits(case: Case) -> None:
+    teacher, student = draw_logits(1, ROWS, VOCAB), draw_logits(2, ROWS, VOCAB)
+    order = np.argsort(-student, axis=-1)
+    expected = np.zeros_like(student, dtype=np.float64)
+    sorted_student = np.take_along_axis(student, order, axis=-1)
+    plain = covering(-np.sort(-teacher, axis=-1), 2.0)
+    np.put_along_axis(expected, order, gradient_at(sorted_student, plain, case, 2.0), axis=-1)
+    np.testing.assert_allclose(gradient_at(student, ranked(teacher, 2.0), case, 2.0), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_encoded_ranks_reach_the_loss_as_ranks() -> None:
+    teacher, labels = -np.sort(-draw_logits(1, ROWS, VOCAB), axis=-1), draw_labels(2, ROWS)
+    settings = TargetSettings("sparse", 0.001, 1.0, 1.0)
+    targets = encode(mx.array(teacher), mx.array(labels), np.zeros(ROWS), settings, is_ranked=True)
+    kept = np.arange(ROWS, dtype=np.int32)
+    example = Example(np.array([1]), labels, targets, kept, np.ones(ROWS, dtype=np.float32), "here")
+    found = collate([example], 1.0).targets
+    assert isinstance(found, RankedTargets)
+    assert found.best().tolist() == labels.tolist(), "whose the largest probability is, is not known"
+    assert isinstance(found.rows(1, 3), RankedTargets)
+    assert isinstance(found.with_arrays(found.arrays), RankedTargets)
+    student = draw_logits(3, ROWS, VOCAB)
+    close = measured(student, ranked(teacher, 1.0), CASES["total_variation"], 1.0)
+    np.testing.assert_allclose(measured(student, found, CASES["total_variation"], 1.0), close, atol=0.05)

@@ -7,7 +7,7 @@ import json
 import mmap
 import tracemalloc
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -539,3 +539,45 @@ def test_a_header_of_any_content_is_read_or_refused_as_documented(payload: bytes
 def test_a_file_of_the_safetensors_library_is_no_shard() -> None:
     with pytest.raises(REFUSALS):
         unpack(save({"weight": np.zeros(3)}))
+
+
+# Targets in another vocabulary than the teacher's
+
+
+def test_where_the_probability_went_is_kept_with_each_reply() -> None:
+    shares = [np.array([0.5, 0.25, 0.125, 0.125, 0, 0], dtype=np.float32), np.array([1, 0, 0, 0, 0, 0], np.float32)]
+    replies = {key_of(at): replace(make_reply(at), account=account) for at, account in enumerate(shares)}
+    found = unpack_replies(np.frombuffer(pack_replies(replies), dtype=np.uint8), list(replies)[::-1], None)
+    for key, reply in replies.items():
+        np.testing.assert_array_equal(found[key].account, reply.account)
+        assert_same(found[key], reply)
+
+
+def test_replies_of_one_vocabulary_have_no_account() -> None:
+    replies = {key_of(1): make_reply(1)}
+    assert (
+        unpack_replies(np.frombuffer(pack_replies(replies), dtype=np.uint8), replies, None)[key_of(1)].account is None
+    )
+
+
+def test_ranks_stay_ranks() -> None:
+    reply = make_reply(1)
+    replies = {key_of(1): replace(reply, targets=replace(reply.targets, is_ranked=True))}
+    found = unpack_replies(np.frombuffer(pack_replies(replies), dtype=np.uint8), replies, None)
+    assert_same(found[key_of(1)], replies[key_of(1)])
+    assert found[key_of(1)].targets.is_ranked
+
+
+def test_a_reply_may_have_targets_at_some_of_its_tokens_and_at_none() -> None:
+    reply = make_reply(1)
+    none = np.zeros(0, dtype=np.int32)
+    replies = {key_of(1): reply, key_of(2): replace(reply, targets=reply.targets.take(none), kept=none)}
+    found = unpack_replies(np.frombuffer(pack_replies(replies), dtype=np.uint8), replies, None)
+    assert found[key_of(2)].tokens.tolist() == reply.tokens.tolist()
+    assert (len(found[key_of(2)].targets), len(found[key_of(2)].kept)) == (0, 0)
+
+
+def test_shares_that_are_no_numbers_are_damage() -> None:
+    replies = {key_of(1): replace(make_reply(1), account=np.full(6, np.nan, dtype=np.float32))}
+    with pytest.raises(ValueError, match="shares that are not finite"):
+        unpack_replies(np.frombuffer(pack_replies(replies), dtype=np.uint8), replies, None)
