@@ -223,7 +223,7 @@ def _forecast_domain(job: Job, group: Sequence[Job], looks: _Looks, with_probe: 
         domain.notes.append("no example is left to train or to validate on: the run will refuse this domain")
     if config.targets.has_budget and missing and not known:
         domain.notes.append("the budget on disk sets the threshold once the teacher has answered a few prompts")
-    if job.alignment:
+    if job.alignment and missing:
         domain.notes.append("the teacher reads each reply again for a student of another tokenizer: not in the time")
     arms = 2 if config.control != "none" else 1
     return DomainForecast(
