@@ -879,7 +879,9 @@ def test_a_capture_without_the_student_says_for_whom_it_captures(captured: Simpl
     lines = [line for line in captured.ended.out.splitlines() if "./nonsense" in line]
     assert len(lines) == 2
     for domain, line in zip(("cats", "dogs"), lines, strict=True):
-        assert line.startswith(f"{domain}: captured for students of the teacher's own tokenizer: student './nonsense': ")
+        assert line.startswith(
+            f"{domain}: captured for students of the teacher's own tokenizer: student './nonsense': "
+        )
 
 
 def test_a_capture_for_a_student_of_another_tokenizer_needs_it(cli, project: Path) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tokenizer_zoo as zoo
 from conftest import save_random_model
+from mlx_lm.utils import load_tokenizer
 
 from true_kd.alignment import Aligner, pair
-from true_kd.errors import InputError
+from true_kd.errors import InputError, VocabularyError
 from true_kd.losses import LossOptions
 from true_kd.models import ModelOptions
 from true_kd.targets import TargetOptions
@@ -55,6 +57,34 @@ def test_hidden_states_go_with_no_way_of_mapping(way: str) -> None:
     with pytest.raises(InputError, match=rf"targets\.preset exact: .* vocab_strategy {way} can map"):
         found.check(TargetOptions(preset="exact"), losses)
     found.check(TargetOptions(), losses)
+
+
+def test_cross_entropy_alone_may_have_any_divergence() -> None:
+    found = pair(zoo.opened("gpt2", None), zoo.opened("llama", None), STUDENT, "uld", force=False)
+    found.check(TargetOptions(), LossOptions(alpha=0.0))
+    with pytest.raises(InputError, match="expected total_variation"):
+        found.check(TargetOptions(), LossOptions())
+
+
+def test_students_of_one_tokenizer_that_end_replies_otherwise_share_no_cache() -> None:
+    teacher, student = zoo.opened("gpt2", None), zoo.opened("llama", None)
+    other = replace(student, tokenizer=load_tokenizer(zoo.folder_of("llama")))
+    other.tokenizer._eos_token_ids = set(student.tokenizer.eos_token_ids) | {0}
+    digests = [pair(teacher, each, STUDENT, "align", force=False).alignment.tokenizer for each in (student, other)]
+    assert len(set(digests)) == 2
+
+
+def test_tokens_beyond_the_head_of_a_model_are_left_out_of_the_students_and_refused_of_the_teachers() -> None:
+    whole = zoo.opened("llama", None)
+    last = max(index for index, piece in enumerate(zoo.spelled("llama").pieces) if piece)
+    text = zoo.spelled("llama").pieces[last].decode()
+    small = replace(whole, size=last)
+    teacher = zoo.opened("gpt2", None)
+    response = zoo.spelled("gpt2").encode(f"hello{text} to the world".encode(), continues=True)
+    found = Aligner("align", teacher, small).retell(response, [])
+    assert max(found.ours) < last
+    with pytest.raises(VocabularyError, match="of its output head"):
+        Aligner("align", small, teacher).retell([last], [])
 
 
 def test_shared_tokens_are_those_of_one_spelling() -> None:

@@ -870,6 +870,28 @@ def test_a_student_of_the_teachers_tokenizer_shares_nothing_with_another(place: 
     assert len([folder for folder in (place.root / "cache").iterdir() if folder.is_dir()]) == 2
 
 
+def test_what_knows_no_text_is_not_held_against_the_student_by_it(place: Place, foreign_tokenizer: Path) -> None:
+    place.config["student"] = str(save_random_model(place.root / "foreign", foreign_tokenizer, seed=2))
+    place.config |= {"losses": {"divergence": "total_variation"}, "gate": {"when_no_better": "refuse"}}
+    place.write("a", SCORED, SCORED[:3])
+    assert place.run("a", vocab_strategy="uld").failures == {}
+
+
+def test_naming_the_default_strategy_changes_nothing(place: Place, foreign_tokenizer: Path) -> None:
+    place.config["student"] = str(save_random_model(place.root / "foreign", foreign_tokenizer, seed=2))
+    place.write("a", SCORED, SCORED[:3])
+    place.run("a")
+    assert place.run("a", vocab_strategy="align").results["a"].unchanged
+    assert not place.run("a", vocab_strategy="project").results["a"].unchanged
+
+
+def test_a_share_of_the_tokens_does_not_change_how_many_could_be_mapped(place: Place, foreign_tokenizer: Path) -> None:
+    place.config["student"] = str(save_random_model(place.root / "foreign", foreign_tokenizer, seed=2))
+    place.config["targets"] = {"share": 0.5}
+    place.write("a", SCORED, SCORED[:3])
+    assert place.run("a").results["a"].data.mapped.positions == 1.0
+
+
 def test_sorted_probabilities_are_compared_by_the_distance_of_their_authors_alone(place: Place) -> None:
     with pytest.raises(InputError, match=r"losses\.divergence forward_kl: with vocab_strategy uld"):
         place.run("a", vocab_strategy="uld")

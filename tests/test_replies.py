@@ -264,8 +264,9 @@ def test_targets_are_the_spread_of_what_the_teacher_itself_says(
     # All that is likely is kept.
     assert not np.isnan(kept[logs > np.log(0.02)]).any()
     accounts = np.mean([list(vars(account).values()) for _, account in spreads], axis=0)
-    np.testing.assert_allclose(reply.account, accounts, atol=1e-3)
-    assert reply.account.sum() == pytest.approx(1.0, abs=1e-4)
+    assert reply.account[0] == pytest.approx(len(reply.kept) / len(reply.tokens))
+    np.testing.assert_allclose(reply.account[1:], accounts, atol=1e-3)
+    assert reply.account[1:].sum() == pytest.approx(1.0, abs=1e-4)
 
 
 @pairs_of_models
@@ -312,7 +313,7 @@ def test_a_reply_of_which_the_student_has_no_token_has_no_targets(teachers: dict
     single, _ = score(teachers["gpt2"], "qwen", tokens[1:], tokens[:1], way=way, text="the")
     for reply in (empty, single):
         assert (len(reply.tokens), len(reply.kept), len(reply.targets)) == (0, 0, 0)
-        assert reply.account.tolist() == [0.0] * len(vars(Account()))
+        assert reply.account.tolist() == [0.0] * (1 + len(vars(Account())))
     assert sum_up([empty], way).positions == 0.0
 
 
@@ -382,7 +383,7 @@ def test_rules_of_thumb_send_each_token_where_they_say(teachers: dict[str, Langu
         with np.errstate(divide="ignore"):
             expected = np.log(expected / expected.sum())
         assert_as_stored(row[~np.isnan(row)], expected[~np.isnan(row)])
-    assert reply.account[1:5].tolist() == [0.0] * 4
+    assert reply.account[2:6].tolist() == [0.0] * 4
 
 
 def test_a_teacher_that_gives_all_to_what_the_student_lacks_teaches_nothing_by_rule() -> None:

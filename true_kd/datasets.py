@@ -120,7 +120,7 @@ class Split:
     too_long: int = 0
     """Prompts that leave no room for a reply."""
     unwritable: int = 0
-    """Replies with tokens that the student lacks."""
+    """Replies with tokens that the student lacks, or none that it and the teacher spell alike."""
 
 
 def build_split(
@@ -135,8 +135,9 @@ def build_split(
     for prompt, item in zip(prompts, asked, strict=True):
         laid = lay_out(prompt, replies[item.key], student, job.vocabulary, job.config.training.max_seq_length)
         if not laid.example:
-            split.unwritable += not laid.is_writable
-            split.too_long += laid.is_writable
+            is_writable = laid.is_writable and len(replies[item.key].kept) > 0
+            split.unwritable += not is_writable
+            split.too_long += is_writable
             continue
         split.truncated += laid.cut > 0
         split.used.append(prompt)

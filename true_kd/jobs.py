@@ -130,6 +130,12 @@ class Job:
         return folder / adapters.CONTROL if self.is_control else folder
 
     @property
+    def knows_text(self) -> bool:
+        """Whether the targets say how likely the teacher finds each token of the text: by a rule that looks at no text
+        they do not."""
+        return self.alignment is None or self.alignment.way == "align"
+
+    @property
     def label(self) -> str:
         """What a run's reports call it."""
         return f"{self.domain}{_CONTROL}" if self.is_control else self.domain
@@ -146,10 +152,14 @@ class Job:
     def run_digest(self) -> str:
         """What the adapter depends on: models, prompts and every option but those that say where things lie, what they
         may take, or what is measured of them. The digests of the models are known by now."""
+        options = identifying_options(self.config)
+        options["vocab_strategy"] = self.alignment.way if self.alignment else "match"
+        aligned = {"alignment": self.alignment.facts} if self.alignment else {}
         return digest_json(
             {
                 "format": FORMAT,
-                "options": identifying_options(self.config),
+                **aligned,
+                "options": options,
                 "teacher": self.teacher_digest,
                 "student": self.student_digest,
                 "train": [prompt.identity() for prompt in self.train_prompts],

@@ -51,8 +51,9 @@ class CachedReply:
     """int32 [M], ascending: the tokens that the targets are of; all of them unless `targets.share` is below 1, or the
     teacher cuts the text otherwise."""
     account: np.ndarray | None = None
-    """float32 [ways], where the teacher's probability went that was mapped into the student's vocabulary: shares, means
-    over the tokens (`alignment.Account`); None where nothing had to be mapped."""
+    """float32 [1 + ways]: the share of the tokens at which the teacher's distribution could be mapped into the
+    student's vocabulary, and where its probability went there, means over these tokens (`alignment.Account`); None
+    where nothing had to be mapped."""
 
 
 def pack_replies(replies: Mapping[str, CachedReply]) -> bytes:

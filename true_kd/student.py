@@ -157,7 +157,7 @@ def _measure_base(job: Job, student: LanguageModel, data: DomainData) -> _Base:
     right = _right_answers(job, student, data)
     speed_tokens = job.config.evaluation.speed_tokens
     size = measure_size(student, job.config.student, "student", _prompts(data), speed_tokens)
-    headroom = weigh_up(data.valid, scores, student.tokenizer, data.given, job.targets.right, right)
+    headroom = weigh_up(data.valid, scores, student.tokenizer, data.given and job.knows_text, job.targets.right, right)
     return _Base(data, Measured(scores, right, size), Validation(0, scores.metrics(final)), headroom)
 
 

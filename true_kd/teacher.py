@@ -286,6 +286,11 @@ def _refusal(job: Job, cache: TargetCache, missing: int, total: int) -> ModelErr
         remedy = "Import that cache again."
     elif name == known:
         remedy = "Capture with these prompts and configs where the teacher is, and import the cache again."
+    elif job.alignment:
+        remedy = (
+            f"Set targets as `true-kd cache info {known[:8]}` shows them; the student has another tokenizer than the "
+            "teacher, so that it takes a cache captured with this --student, where the teacher is."
+        )
     else:
         remedy = f"Set targets as `true-kd cache info {known[:8]}` shows them, or capture so where the teacher is."
     where = f"in cache {name[:8]}" + ("" if name == known else ", that of this run's targets")

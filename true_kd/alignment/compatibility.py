@@ -55,12 +55,11 @@ def compare_spellings(teacher: Spelling, student: Spelling) -> Compatibility:
 
 
 def sum_up(replies: Iterable[CachedReply], way: Way) -> MappedTargets:
-    """What the accounts of some replies come to; those that are kept in part count in part."""
-    tokens, places, total = 0, 0, np.zeros(len(vars(Account())))
+    """What the accounts of some replies come to."""
+    tokens, places, total = 0, 0.0, np.zeros(len(vars(Account())))
     for reply in replies:
         if reply.account is not None:
-            tokens += len(reply.tokens)
-            places += len(reply.kept)
-            total += reply.account * len(reply.kept)
-    shares = [float(share) for share in total / max(places, 1)]
+            own = float(reply.account[0]) * len(reply.tokens)
+            tokens, places, total = tokens + len(reply.tokens), places + own, total + own * reply.account[1:]
+    shares = [float(share) for share in total / max(places, 1e-9)]
     return MappedTargets(way, places / max(tokens, 1), *shares)

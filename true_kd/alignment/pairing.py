@@ -31,7 +31,7 @@ class Pairing:
                 "targets.preset exact: keeps hidden states, and the vocabularies of teacher and student differ, "
                 f"expected another preset, which vocab_strategy {way} can map. Choose default or hot."
             )
-        if way == "uld" and losses.divergence != "total_variation":
+        if way == "uld" and losses.distils and losses.divergence != "total_variation":
             raise InputError(
                 f"losses.divergence {losses.divergence}: with vocab_strategy uld, expected total_variation, which of "
                 "sorted probabilities is half the distance of its authors. Set --divergence total_variation."

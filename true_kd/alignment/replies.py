@@ -1,6 +1,6 @@
 """A reply of the teacher in the student's tokens, with the teacher's distribution at each of them.
 
-The text is what the teacher wrote without its special tokens; the student's tokens are its own way of writing that
+The text is what the teacher wrote without the token that ends it; the student's tokens are its own way of writing that
 text, and its own end of a reply. Spaces that SentencePiece adds in front of a text are no part of it.
 """
 
@@ -17,6 +17,7 @@ import numpy as np
 from true_kd.alignment.aligner import LEAST, Account, Place, Tables, Text, Way
 from true_kd.alignment.compatibility import Compatibility, compare_spellings
 from true_kd.alignment.spelling import Spelling, indent
+from true_kd.errors import VocabularyError
 from true_kd.examples import TEMPLATE_DATE
 from true_kd.files import digest_json
 from true_kd.models import (
@@ -30,6 +31,7 @@ from true_kd.models import (
     uniforms_of,
 )
 from true_kd.shards import CachedReply
+from true_kd.suggest import quote
 from true_kd.targets import TargetSettings, encode, join
 
 _VERSION = 1
@@ -61,7 +63,8 @@ def find_alignment(way: Way, options: ModelOptions, teacher: ModelTokenizer, stu
     """
     Spelling(teacher)
     layout = Spelling(student).layout
-    facts = [layout, student.stop_ids, student.size, bool(student.tokenizer.has_chat_template)]
+    has_template = bool(student.tokenizer.has_chat_template)
+    facts = [layout, student.stop_ids, _reply_end(student), student.size, has_template]
     return Alignment(way, options, digest_json(facts))
 
 
@@ -97,15 +100,20 @@ class Aligner:
             begins after its own first token.
         """
         theirs, ours = self.teacher_spelling, self.student_spelling
+        if beyond := [token for token in response if token >= theirs.model.size]:
+            raise VocabularyError(
+                f"teacher {quote(theirs.model.name)}: token {beyond[0]} of its tokenizer, expected one below the "
+                f"{theirs.model.size:,} of its output head. Remove what it stands for from the data."
+            )
         if text is not None:
-            tokens = list(self.student.tokenizer.encode(text))
+            tokens = ours.known(self.student.tokenizer.encode(text))
             shift = self._start(ours, tokens, 1, text) - self._start(theirs, [*opening, *response], len(opening), text)
             return Text(self._tables, response, tokens[1:], shift)
         spelled = theirs.join([token for token in response if token not in self._stop])
         added = theirs.adds_space and bool(theirs.model.tokenizer.has_chat_template) and spelled.startswith(b" ")
         content = spelled[added:]
         continues = not self.student.tokenizer.has_chat_template or content.startswith(b" ")
-        tokens = ours.encode(content, continues)
+        tokens = ours.known(ours.encode(content, continues))
         shift = added - (indent(ours.join(tokens)) - indent(content))
         if response and response[-1] in self._stop and self._tables.stop_id is not None:
             tokens.append(self._tables.stop_id)
@@ -148,7 +156,8 @@ class Aligner:
             row = encode(mx.zeros((1, self.student.size)), mx.array([0]), uniforms[:1], settings, self.way == "uld")
             parts = [row.first(0)]
         kept = np.array([place.index for place in retold.places], dtype=np.int32)
-        return CachedReply(tokens, finished, join(parts), kept, total.shares(len(kept)))
+        account = np.concatenate([[len(kept) / max(len(tokens), 1)], total.shares(len(kept))]).astype(np.float32)
+        return CachedReply(tokens, finished, join(parts), kept, account)
 
     def _spread(
         self, retold: Text, places: Sequence[Place], rows: _Rows, branches: Branches, start: int

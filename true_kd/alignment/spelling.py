@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -86,8 +86,13 @@ class Spelling:
         return b"".join(self.spelled(token) for token in tokens)
 
     def spelled(self, token: int) -> bytes:
-        """What a token spells, a special one its name."""
-        return self.pieces[token] or self.special.get(token, "").encode()
+        """What a token spells, a special one its name; nothing where the output head has no row for it."""
+        piece = self.pieces[token] if token < len(self.pieces) else b""
+        return self.special.get(token, "").encode() if piece is None else piece
+
+    def known(self, tokens: Iterable[int]) -> list[int]:
+        """The tokens that the output head has a row for: a tokenizer may know more than its model."""
+        return [token for token in tokens if token < self.model.size]
 
     @lru_cache(maxsize=2**18)  # noqa: B019 - a process opens few tokenizers
     def split(self, text: bytes) -> tuple[int, ...]:
@@ -96,7 +101,8 @@ class Spelling:
         # Every other part is an added token.
         for at, part in enumerate(self._added.split(text) if self._added else [text]):
             tokens += [self._token_ids[part.decode()]] if at % 2 else self._split_plain(part)
-        return tuple(tokens) if self.join(tokens) == text else ()
+        is_known = max(tokens, default=0) < self.model.size
+        return tuple(tokens) if is_known and self.join(tokens) == text else ()
 
     def _split_plain(self, text: bytes) -> list[int]:
         parts = _characters(text)

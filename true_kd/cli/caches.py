@@ -68,6 +68,10 @@ def info(key: Key, as_json: AsJson = False, cache: Root = None) -> int:
         say_json({**_facts(store), "findings": [vars(finding) for finding in findings if finding.state != "whole"]})
         return 0
     settings = ", ".join(f"{name} {value}" for name, value in store.settings.items())
+    aligned = store.identity.get("alignment")
+    alignment = (
+        ", ".join(f"{name} {value}" for name, value in aligned.items())[:100] if isinstance(aligned, dict) else ""
+    )
     head = store.sizes.get("head.safetensors")
     stray = sum(store.sizes[name] for name in store.stray)
     state = "whole" if not damage else f"{len(damage)} of {len(store.files)} files damaged or missing"
@@ -77,6 +81,7 @@ def info(key: Key, as_json: AsJson = False, cache: Root = None) -> int:
         "teacher": store.teacher,
         "digest": str(store.identity.get("teacher"))[:64],
         "targets": settings[:300],
+        **({"tokens of": f"a student of another tokenizer ({alignment})"} if alignment else {}),
         "created": _date(store.created) if store.created else "",
         "last used": f"{_date(_iso(store.last_used))}, {_age(store.last_used)} ago",
         "shards": f"{len(store.shards):,}",

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from true_kd import events, reporting
 from true_kd.alignment import Compatibility, MappedTargets
-from true_kd.errors import TrueKDError, portable
+from true_kd.errors import TrueKDError, VocabularyError, portable
 from true_kd.files import make_folder
 from true_kd.gate import Headroom, ParentComparison
 from true_kd.jobs import Job
@@ -101,6 +101,11 @@ def analyze(
     if parent is not None:
         # Before the teacher has worked for a comparison that cannot be.
         open_skeleton(_parent_of(jobs[0].teacher.options, parent), "--parent")
+        if any(job.alignment for job in jobs):
+            raise VocabularyError(
+                f"--parent: student {quote(jobs[0].config.student.model)} has another tokenizer than the teacher: "
+                "what is kept are the student's tokens, expected those of both. Name a student of the teacher's family."
+            )
     for domain, error in refused.items():
         yield ledger.failed(domain, error)
     for group in group_by_teacher(jobs):
