@@ -245,6 +245,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=320)
     parser.add_argument("--held-out", type=int, default=96)
     parser.add_argument("--max-tokens", type=int, default=180)
+    parser.add_argument("--top-p", type=float, default=1.0, help="of the teacher's sampling, at temperature 1")
     parser.add_argument("--iters", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
@@ -260,7 +261,9 @@ def main() -> None:
         data = make_tasks(arguments.train, 2 * arguments.held_out, arguments.domain)
     theirs, ours = ModelOptions(model=arguments.teacher), ModelOptions(model=arguments.student)
     teacher, student = open_model(theirs, "teacher"), open_model(ours, "student")
-    capturing = CaptureOptions(max_tokens=arguments.max_tokens, sampling_temperature=1.0, top_p=1.0, batch_size=32)
+    capturing = CaptureOptions(
+        max_tokens=arguments.max_tokens, sampling_temperature=1.0, top_p=arguments.top_p, batch_size=32
+    )
     prompts = [*data.train, *data.held_out]
     asked = render_for(open_tokenizer(theirs, "teacher"), prompts, capturing)
     with tempfile.TemporaryDirectory() as folder:
