@@ -118,7 +118,7 @@ class Tables:
         for index, name in self.teacher.special.items():
             if index < len(found):
                 found[index] = names.get(name, -1)
-        for index in self.teacher.model.stop_ids:
+        for index in self.teacher.stop:
             if self.stop_id is not None and index < len(found):
                 found[index] = self.stop_id
         return found
@@ -128,7 +128,7 @@ class Tables:
         """int32 [teacher ids], the student's token of the same spelling, -1 for none; of special ones as in `first`."""
         ids = self.student.ids
         found = [ids.get(piece, -1) if piece else self.first[at] for at, piece in enumerate(self.teacher.pieces)]
-        for index in self.teacher.model.stop_ids:
+        for index in self.teacher.stop:
             if index < len(found):
                 found[index] = self.first[index]
         return np.array(found, dtype=np.int32)
@@ -138,7 +138,7 @@ class Tables:
         """`first` of each where the student spells `ahead` in one stretch with it; the student's size for none."""
         found = self.first.copy()
         for index, piece in enumerate(self.teacher.pieces):
-            if ahead and piece and index not in self.teacher.model.stop_ids:
+            if ahead and piece and index not in self.teacher.stop:
                 found[index] = self.first_of(ahead + piece)
         return np.where(found >= 0, found, self.student.model.size)
 
@@ -203,10 +203,12 @@ class Text:
         """`shift` is how many of the teacher's bytes come before the student's first; below 0 the other way round."""
         self.theirs, self.ours = list(theirs), list(ours)
         self._tables = tables
-        their_pieces, our_pieces = _pieces(tables.teacher, self.theirs), _pieces(tables.student, self.ours)
-        self._their_ends = np.cumsum([0, *map(len, their_pieces)])
+        self.written = [tables.teacher.written(token) for token in self.theirs]
+        """What each of the teacher's tokens adds to the text."""
+        our_pieces = [tables.student.written(token) for token in self.ours]
+        self._their_ends = np.cumsum([0, *map(len, self.written)])
         self._our_ends = np.cumsum([0, *map(len, our_pieces)])
-        self._their_text, self._our_text = b"".join(their_pieces), b"".join(our_pieces)
+        self._their_text, self._our_text = b"".join(self.written), b"".join(our_pieces)
         self.places = list(self._places(shift))
         """Of the student's tokens that the two texts agree on."""
 
@@ -273,7 +275,7 @@ class _Spread:
 
     def __init__(self, text: Text, tables: Tables, place: Place, probs: Callable[[int], np.ndarray]) -> None:
         self._tables = tables
-        self._theirs = text.theirs
+        self._theirs, self._written = text.theirs, text.written
         self._place = place
         self._probs = probs
         self._label = text.ours[place.index]
@@ -291,11 +293,10 @@ class _Spread:
             if not asked:
                 break
             answers = yield [(self._place.before, beginning.path) for beginning in asked]
-            asked = [
-                deeper
-                for beginning, probs in zip(asked, answers, strict=True)
-                for deeper in self._continue(beginning, probs)
-            ]
+            deeper: list[_Beginning] = []
+            for beginning, probs in zip(asked, answers, strict=True):
+                self._branch_off(beginning, probs, deeper)
+            asked = deeper
         for beginning in asked:
             self._give(beginning, "unasked")
         kept = self._found.sum()
@@ -310,16 +311,13 @@ class _Spread:
         asked: list[_Beginning] = []
         while at < len(self._theirs):
             probs, realised = self._probs(at), self._theirs[at]
-            if not on.path:
-                own = (
-                    self._start_inside(probs, realised, asked) if place.inside else self._start(probs, realised, asked)
-                )
+            piece = self._written[at]
+            if on.path:
+                own = self._branch_off(on, probs, asked, realised)
+            elif place.inside:
+                own, piece = self._start_inside(probs, realised), piece[len(place.inside) :]
             else:
-                own = self._branch_off(on, probs, realised, asked)
-            inside = len(place.inside) if not on.path else 0
-            piece = self._tables.teacher.spelled(realised)[inside:]
-            if realised in self._tables.teacher.model.stop_ids:
-                piece = b""
+                own = self._start(probs, realised, asked)
             on = _Beginning(own, on.text + piece, (*on.path, realised))
             at += 1
             is_written = len(on.text) > len(self._piece) or not piece
@@ -348,7 +346,7 @@ class _Spread:
                 self._decide(_Beginning(1.0, self._place.ahead, ()), int(token), float(probs[token]), asked)
         return float(probs[realised])
 
-    def _start_inside(self, probs: np.ndarray, realised: int, asked: list[_Beginning]) -> float:
+    def _start_inside(self, probs: np.ndarray, realised: int) -> float:
         """Inside a token of the teacher's: those that agree with the text so far."""
         ids, firsts = self._tables.continuing(self._place.inside)
         others = ids != realised
@@ -362,32 +360,25 @@ class _Spread:
         self._account.nowhere += float(shares[others & (firsts < 0)].sum())
         return float(shares[~others].sum())
 
-    def _branch_off(self, on: _Beginning, probs: np.ndarray, realised: int, asked: list[_Beginning]) -> float:
-        """After a part of the label: the likely tokens by themselves, and the rest to what is written without them."""
+    def _branch_off(
+        self, on: _Beginning, probs: np.ndarray, asked: list[_Beginning], realised: int | None = None
+    ) -> float:
+        """Give out how a beginning goes on: the likely tokens by themselves, and the rest to what is written without
+        them. Returns what is left for the token of the text, where it is on the text."""
+        own = 0.0 if realised is None else float(probs[realised])
         given = 0.0
         for token in np.flatnonzero(on.mass * probs >= LOOKED_AT):
             if token != realised:
                 given += float(probs[token])
                 self._decide(on, int(token), on.mass * float(probs[token]), asked)
-        left = on.mass * max(0.0, 1.0 - given - float(probs[realised]))
+        left = on.mass * max(0.0, 1.0 - given - own)
         self._give(_Beginning(left, on.text, on.path), "chained")
-        return on.mass * float(probs[realised])
-
-    def _continue(self, beginning: _Beginning, probs: np.ndarray) -> Generator[_Beginning, None, None]:
-        """Give out how a beginning goes on; yields what is to be asked about in turn."""
-        deeper: list[_Beginning] = []
-        given = 0.0
-        for token in np.flatnonzero(beginning.mass * probs >= LOOKED_AT):
-            given += float(probs[token])
-            self._decide(beginning, int(token), beginning.mass * float(probs[token]), deeper)
-        left = beginning.mass * max(0.0, 1.0 - given)
-        self._give(_Beginning(left, beginning.text, beginning.path), "chained")
-        yield from deeper
+        return on.mass * own
 
     def _decide(self, on: _Beginning, token: int, mass: float, asked: list[_Beginning]) -> None:
         """Give out the probability of a beginning and one more token, or ask about it."""
         piece = self._tables.teacher.pieces[token]
-        if token in self._tables.teacher.model.stop_ids or not piece:
+        if token in self._tables.teacher.stop or not piece:
             if on.path:
                 self._give(_Beginning(mass, on.text, on.path), "chained")
             else:
@@ -404,9 +395,9 @@ class _Spread:
 
     def _may_grow(self, beginning: _Beginning) -> bool:
         """Whether a token that the student has and the teacher lacks may come of a beginning."""
-        openings = self._tables.openings
         if self._place.inside or self._place.ahead:
             return False
+        openings = self._tables.openings
         return beginning.path in openings or (
             bool(self._path_before) and (*self._path_before, *beginning.path) in openings
         )
@@ -424,12 +415,6 @@ class _Spread:
             return
         self._found[token] += mass
         self._account.add(way, mass)
-
-
-def _pieces(spelling: Spelling, tokens: Sequence[int]) -> list[bytes]:
-    """What each token spells; those that end a reply spell nothing."""
-    stop = set(spelling.model.stop_ids)
-    return [b"" if token in stop else spelling.spelled(token) for token in tokens]
 
 
 def _common(one: bytes, other: bytes) -> int:

@@ -77,7 +77,6 @@ class Aligner:
         self._least = least
         self.student = student
         self.teacher_spelling, self.student_spelling = Spelling(teacher), Spelling(student)
-        self._stop = set(teacher.stop_ids)
 
     @cached_property
     def _tables(self) -> Tables:
@@ -109,13 +108,13 @@ class Aligner:
             tokens = ours.known(self.student.tokenizer.encode(text))
             shift = self._start(ours, tokens, 1, text) - self._start(theirs, [*opening, *response], len(opening), text)
             return Text(self._tables, response, tokens[1:], shift)
-        spelled = theirs.join([token for token in response if token not in self._stop])
+        spelled = b"".join(theirs.written(token) for token in response)
         added = theirs.adds_space and bool(theirs.model.tokenizer.has_chat_template) and spelled.startswith(b" ")
         content = spelled[added:]
         continues = not self.student.tokenizer.has_chat_template or content.startswith(b" ")
         tokens = ours.known(ours.encode(content, continues))
         shift = added - (indent(ours.join(tokens)) - indent(content))
-        if response and response[-1] in self._stop and self._tables.stop_id is not None:
+        if response and response[-1] in theirs.stop and self._tables.stop_id is not None:
             tokens.append(self._tables.stop_id)
         return Text(self._tables, response, tokens, shift)
 
@@ -196,8 +195,8 @@ class Aligner:
             width = min(len(found), len(probs))
             found[:width] = probs[:width]
         else:
-            same = self._tables.same
-            found = np.bincount(same[same >= 0], probs[same >= 0], minlength=len(found))
+            matched = self._tables.matched
+            found = np.bincount(self._tables.same[matched], probs[matched], minlength=len(found))
         kept = float(found.sum())
         if kept <= 0:
             return np.full(len(found), 1.0 / len(found)), Account(nowhere=1.0)

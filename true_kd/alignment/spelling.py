@@ -43,20 +43,27 @@ class Spelling:
                 "one of the two to align texts by. Choose models of one family."
             )
         added = {token["id"]: token for token in layout["added_tokens"]}
+        self._added_ids = added.keys()
+        self.stop = frozenset(model.stop_ids)
+        """Tokens that end a reply."""
         self.special = {index: token["content"] for index, token in added.items() if token["special"]}
         """Text of the tokens that no reply spells: turn marks, padding."""
-        self.pieces: list[bytes | None] = [None] * model.size
-        """What each id stands for; None for special tokens and for rows that only pad the output head."""
         self._token_ids = model.ids
-        for text, index in self._token_ids.items():
-            if index >= model.size or index in self.special:
-                continue
-            self.pieces[index] = text.encode() if self._bytewise and index in added else self._spell(text)
         self._model = backend.model
         # One that adds a space cuts the middle of a text as if it were its beginning.
         self._words = None if '"add_prefix_space": true' in steps else backend.pre_tokenizer
         plain = sorted((token["content"].encode() for token in added.values() if not token["special"]), key=len)
         self._added = re.compile(b"(" + b"|".join(map(re.escape, reversed(plain))) + b")") if plain else None
+
+    @cached_property
+    def pieces(self) -> list[bytes | None]:
+        """What each id stands for; None for special tokens and for rows that only pad the output head."""
+        found: list[bytes | None] = [None] * self.model.size
+        for text, index in self._token_ids.items():
+            if index >= self.model.size or index in self.special:
+                continue
+            found[index] = text.encode() if self._bytewise and index in self._added_ids else self._spell(text)
+        return found
 
     def _spell(self, token: str) -> bytes:
         if self._bytewise:
@@ -89,6 +96,10 @@ class Spelling:
         """What a token spells, a special one its name; nothing where the output head has no row for it."""
         piece = self.pieces[token] if token < len(self.pieces) else b""
         return self.special.get(token, "").encode() if piece is None else piece
+
+    def written(self, token: int) -> bytes:
+        """What a token adds to a reply: one that ends it, nothing."""
+        return b"" if token in self.stop else self.spelled(token)
 
     def known(self, tokens: Iterable[int]) -> list[int]:
         """The tokens that the output head has a row for: a tokenizer may know more than its model."""

@@ -91,11 +91,8 @@ def check_tokens(
     """Note what is wrong with prompts as tokens; returns how many there are, and the first of them to look at."""
     met = [Met(prompt) for prompt in (*train, *valid)]
     student = models.try_open(config.student, "student", sheet)
-    teacher, paired = _open_teacher(config, models, student, sheet)
-    aligner = None
+    teacher, paired, aligner = _open_teacher(config, models, student, sheet)
     if teacher is not None:
-        if paired and paired.alignment:
-            aligner = models.aligner(find_teacher(config).options, paired.alignment)
         _ask(met, teacher, config, sheet)
         _look_up(met, teacher, aligner, config, paired, sheet)
     elif student is not None:
@@ -126,24 +123,27 @@ def check_tokens(
 
 def _open_teacher(
     config: RunConfig, models: Models, student: ModelTokenizer | None, sheet: Sheet
-) -> tuple[ModelTokenizer | None, Pairing | None]:
-    """The teacher's tokenizer and how it goes with the student's, each as far as it is there."""
+) -> tuple[ModelTokenizer | None, Pairing | None, Aligner | None]:
+    """The teacher's tokenizer, how it goes with the student's, and what brings replies from the one to the other where
+    they differ; each as far as it is there."""
     try:
         source = find_teacher(config)
     except TrueKDError as error:
         sheet.refused("model", error)
-        return None, None
+        return None, None, None
     teacher = models.try_open(source.options, "teacher", sheet)
     if teacher is None or student is None:
         sheet.not_checked("whether the vocabularies of teacher and student agree: it takes both tokenizers.")
-        return teacher and replace(teacher, name=source.name), None
+        return teacher and replace(teacher, name=source.name), None, None
     try:
         paired = models.pair(source.options, config.student, config.vocab_strategy, config.force)
         paired.check(config.targets, config.losses)
     except TrueKDError as error:
         sheet.refused("vocabulary", error)
-        return replace(teacher, name=source.name), None
+        return replace(teacher, name=source.name), None, None
+    aligner = None
     if paired.alignment:
+        aligner = models.aligner(source.options, paired.alignment)
         sheet.warning(
             "vocabulary",
             f"teacher {quote(source.name)} and student {quote(config.student.model)}: {paired.vocabulary.differing:,} "
@@ -151,7 +151,7 @@ def _open_teacher(
             "distribution into the student's vocabulary. `true-kd analyze` shows how well; models of one family lose "
             "nothing.",
         )
-    return replace(teacher, name=source.name), paired
+    return replace(teacher, name=source.name), paired, aligner
 
 
 def _ask(met: Sequence[Met], teacher: ModelTokenizer, config: RunConfig, sheet: Sheet) -> None:
