@@ -83,7 +83,9 @@ class Data:
 def read_stories(path: Path, count: int, held_out: int) -> Data:
     """Openings of stories as prompts; other stories as they go on."""
     stories = json.loads(path.read_text(encoding="utf-8"))
-    words = [story.split(" ") for story in stories if len(story.split(" ")) > 20]
+    # Many stories begin alike: a prompt that is asked twice has the same reply, and would be trained on and held out.
+    unlike = {tuple(story.split(" ")[:8]): story for story in stories}.values()
+    words = [story.split(" ") for story in unlike if len(story.split(" ")) > 20]
     openings = from_records([{"prompt": " ".join(each[:8])} for each in words])
     rest = [" " + " ".join(each[8:])[:240].encode()[:240].decode(errors="ignore") for each in words]
     last = count + held_out

@@ -121,7 +121,7 @@ def test_analyze_tells_how_two_tokenizers_go_together(tmp_path: Path, monkeypatc
     assert told["way"] == "align"
     assert 0 < told["shared"] < told["teacher_tokens"]
     assert told["positions"] == 1.0
-    ways = ("matched", "split", "chained", "unasked", "merged", "nowhere")
+    ways = ("matched", "split", "chained", "drawn", "merged", "nowhere")
     assert sum(told[way] for way in ways) == pytest.approx(1.0, abs=0.01)
     proving.analyze(domain=["a"], config=Path("base.yaml"), sample=4)
     said = capsys.readouterr().out

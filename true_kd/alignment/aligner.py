@@ -8,8 +8,9 @@ token of that text gets its probability. Four cases:
 - The student's token holds several of the teacher's: the product of their conditional probabilities, as in approximate
   likelihood matching (Minixhofer et al., 2025, arXiv:2503.20083). Along the text itself these are at hand. Another
   beginning that may become a longer token of the student's is *asked about*: the teacher reads it and says how it goes
-  on, down to beginnings less likely than `LEAST`. Only tokens that the teacher lacks are worth asking about: those that
-  it has, it would have written at once.
+  on. Of beginnings less likely than `LEAST` only some are, drawn at random, and stand for the others: so the result is
+  right in the mean, whatever `LEAST` is. Only tokens that the teacher lacks are worth asking about: those that it has,
+  it would have written at once.
 - The student's token begins inside one of the teacher's: of the teacher's tokens there, those that agree with the text
   so far (Phan et al., 2024, arXiv:2410.09303), renormalised.
 - A beginning that the student would have drawn into its token before cannot follow that token: it is left out, and the
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Literal
 
@@ -37,13 +38,12 @@ alone, sorted (Boizard et al., 2024, arXiv:2402.12030). `truncate`: id by id, wh
 token to the one of the same spelling, and those without are dropped."""
 
 LEAST = 0.01
-"""Probability from which on a beginning is asked about; see `scripts/bench_cross_tokenizer.py`."""
+"""Probability from which on a beginning is asked about in any case; see `scripts/bench_cross_tokenizer.py`."""
 LOOKED_AT = 0.001
-"""Probability from which on a token is decided by itself; others go to the first token that the student writes them
-with."""
+"""Probability from which on a token is decided by itself in any case."""
 _REMEMBERED = 2**18
 """Answers about short texts that are kept: the same come again and again."""
-DEEPEST = 8
+DEEPEST = 32
 """Teacher's tokens that are asked about one after the other, at most."""
 
 Asked = list[tuple[int, tuple[int, ...]]]
@@ -62,8 +62,8 @@ class Account:
     """To the first of several tokens that the student spells it with."""
     chained: float = 0.0
     """To tokens that hold several of the teacher's."""
-    unasked: float = 0.0
-    """To the token that the student writes a beginning with, though a longer one might have followed."""
+    drawn: float = 0.0
+    """To tokens that unlikely beginnings become, some drawn for all."""
     merged: float = 0.0
     """To nothing: the student would have drawn it into its token before."""
     nowhere: float = 0.0
@@ -77,6 +77,11 @@ class Account:
         for name, mass in vars(other).items():
             self.add(name, mass)
         return self
+
+    def in_shares(self) -> Account:
+        """The same, adding up to 1."""
+        total = sum(vars(self).values()) or 1.0
+        return Account(**{name: mass / total for name, mass in vars(self).items()})
 
     def shares(self, places: int) -> np.ndarray:
         """float32 [ways], the means over so many places."""
@@ -164,6 +169,13 @@ class Tables:
         return found
 
     @cached_property
+    def growing(self) -> np.ndarray:
+        """bool [teacher ids], whether each may become a token that the student has and the teacher lacks."""
+        found = np.zeros(self.teacher.model.size, dtype=bool)
+        found[[path[0] for path in self.openings if len(path) == 1]] = True
+        return found
+
+    @cached_property
     def _sorted(self) -> tuple[list[bytes], np.ndarray]:
         order = sorted((piece, index) for index, piece in enumerate(self.teacher.pieces) if piece)
         return [piece for piece, _ in order], np.array([index for _, index in order], dtype=np.int64)
@@ -184,23 +196,42 @@ class Tables:
     def follow(self, before: int, text: bytes) -> int:
         """The student's token that `text` begins with after its token `before` (-1: after none).
 
-        -1 where it would have been drawn into `before`.
+        -1 where the two would have been cut otherwise.
         """
         piece = self.student.pieces[before] if before >= 0 else None
         if piece and self.student.split(piece) == (before,):
             tokens = self.student.split(piece + text)
-            if tokens and tokens[0] == before:
-                return tokens[1]
-            if tokens and len(self.student.pieces[tokens[0]] or b"") > len(piece):
-                return -1
+            if tokens:
+                return tokens[1] if tokens[0] == before else -1
         return self.first_of(text)
+
+
+    @lru_cache(maxsize=_REMEMBERED)  # noqa: B019 - as long as the tables live
+    def is_recut(self, before: int, text: bytes, path: tuple[int, ...]) -> bool:
+        """Whether the student may write a beginning otherwise, once it goes on."""
+        piece = (self.student.pieces[before] or b"") if before >= 0 else b""
+        cut, tail = self.follow(before, text), b""
+        path = (*self.teacher.split(piece), *path)
+        for token in reversed(self.student.split(piece + text)):
+            for other in self.student.breaking(token):
+                if len(other) > len(tail) and other.startswith(tail):
+                    added = other[len(tail) :]
+                    # The teacher, too, has to be able to go on so without writing anything otherwise.
+                    is_written = self.teacher.split(piece + text + added)[: len(path)] == path
+                    if is_written and self.follow(before, text + added) != cut:
+                        return True
+            tail = self.student.spelled(token) + tail
+        return False
 
 
 class Text:
     """One reply in the tokens of both, and where the student's begin in the teacher's."""
 
-    def __init__(self, tables: Tables, theirs: Sequence[int], ours: Sequence[int], shift: int = 0) -> None:
-        """`shift` is how many of the teacher's bytes come before the student's first; below 0 the other way round."""
+    def __init__(
+        self, tables: Tables, theirs: Sequence[int], ours: Sequence[int], shift: int = 0, added: int = 0
+    ) -> None:
+        """`shift` is how many of the teacher's bytes come before the student's first; below 0 the other way round, and
+        then `added` of them are spaces that the student puts in front of any text."""
         self.theirs, self.ours = list(theirs), list(ours)
         self._tables = tables
         self.written = [tables.teacher.written(token) for token in self.theirs]
@@ -209,7 +240,7 @@ class Text:
         self._their_ends = np.cumsum([0, *map(len, self.written)])
         self._our_ends = np.cumsum([0, *map(len, our_pieces)])
         self._their_text, self._our_text = b"".join(self.written), b"".join(our_pieces)
-        self.places = list(self._places(shift))
+        self.places = list(self._places(shift, added))
         """Of the student's tokens that the two texts agree on."""
 
     @property
@@ -217,7 +248,7 @@ class Text:
         """Bytes that the student's tokens spell."""
         return len(self._our_text)
 
-    def _places(self, shift: int) -> Generator[Place, None, None]:
+    def _places(self, shift: int, added: int) -> Generator[Place, None, None]:
         theirs, ours = self._their_text, self._our_text
         alike = _common(ours[max(0, -shift) :], theirs[max(0, shift) :]) + max(0, -shift)
         # After a stretch that the two spell otherwise they are alike again, counted from the end.
@@ -240,16 +271,18 @@ class Text:
             if at >= 0:
                 if before < len(self.theirs):
                     yield Place(index, before, theirs[int(self._their_ends[before]) : at], b"")
-            elif at + stop - start > 0:
+            elif self.theirs and (at + stop > start or at + stop == start < added):
+                # What ends before the teacher's first token is known only where it is there in any case.
                 yield Place(index, 0, b"", ours[start : start - at])
 
-    def spread(self, place: Place, probs: Callable[[int], np.ndarray]) -> Spreading:
+    def spread(self, place: Place, probs: Callable[[int], np.ndarray], rng: np.random.Generator) -> Spreading:
         """The teacher's distribution over the student's tokens at a place.
 
         A generator: yields beginnings to ask about, is sent the answers, and returns probabilities, float64 [student
-        ids], which add up to 1, and the account of them. `probs` gives the teacher's at each of its tokens.
+        ids], which add up to 1, and the account of them. `probs` gives the teacher's at each of its tokens, `rng`
+        draws from what is unlikely.
         """
-        return _Spread(self, self._tables, place, probs).run()
+        return _Spread(self, self._tables, place, probs, rng).run()
 
     def label_before(self, place: Place) -> int:
         """The student's token before a place; -1 where there is none, or it is a special one."""
@@ -268,16 +301,21 @@ class _Beginning:
     text: bytes
     path: tuple[int, ...]
     """In the teacher's tokens."""
+    drawn: bool = False
+    """Whether it stands for others."""
 
 
 class _Spread:
     """The distribution at one place in the making."""
 
-    def __init__(self, text: Text, tables: Tables, place: Place, probs: Callable[[int], np.ndarray]) -> None:
+    def __init__(
+        self, text: Text, tables: Tables, place: Place, probs: Callable[[int], np.ndarray], rng: np.random.Generator
+    ) -> None:
         self._tables = tables
         self._theirs, self._written = text.theirs, text.written
         self._place = place
         self._probs = probs
+        self._rng = rng
         self._label = text.ours[place.index]
         self._piece = tables.student.pieces[self._label] or b""
         self._before = text.label_before(place)
@@ -288,7 +326,7 @@ class _Spread:
         self._account = Account()
 
     def run(self) -> Spreading:
-        asked = self._follow_text()
+        asked = self._choose(self._follow_text())
         for _ in range(DEEPEST):
             if not asked:
                 break
@@ -296,13 +334,30 @@ class _Spread:
             deeper: list[_Beginning] = []
             for beginning, probs in zip(asked, answers, strict=True):
                 self._branch_off(beginning, probs, deeper)
-            asked = deeper
+            asked = self._choose(deeper)
         for beginning in asked:
-            self._give(beginning, "unasked")
+            self._give(beginning, "chained")
         kept = self._found.sum()
         if kept <= 0:  # the text itself is all that is left
             self._found[self._label], kept = 1.0, 1.0
-        return self._found / kept, self._account
+        return self._found / kept, self._account.in_shares()
+
+    def _choose(self, waiting: list[_Beginning]) -> list[_Beginning]:
+        """Those that are likely enough to be asked about, and some of the others for all of them."""
+        least = self._tables.least
+        unlikely = [beginning for beginning in waiting if beginning.mass < least]
+        drawn = self._draw(np.array([beginning.mass for beginning in unlikely]), least)
+        return [beginning for beginning in waiting if beginning.mass >= least] + [
+            replace(unlikely[at], mass=least, drawn=True) for at in drawn
+        ]
+
+    def _draw(self, masses: np.ndarray, each: float) -> np.ndarray:
+        """Indices of probabilities below `each`, drawn so that those drawn, with `each` instead, have the same mean:
+        systematic sampling, which draws as many as belong to the sum, or one more."""
+        start = self._rng.random() if len(masses) else 0.0
+        ends = np.cumsum(masses, dtype=np.float64)
+        count = int(ends[-1] / each + start) if len(masses) else 0
+        return np.searchsorted(ends, (np.arange(1, count + 1) - start) * each)
 
     def _follow_text(self) -> list[_Beginning]:
         """Give out what branches off the text until the label is written; returns what is to be asked about."""
@@ -320,8 +375,7 @@ class _Spread:
                 own = self._start(probs, realised, asked)
             on = _Beginning(own, on.text + piece, (*on.path, realised))
             at += 1
-            is_written = len(on.text) > len(self._piece) or not piece
-            if is_written or (on.text == self._piece and not self._may_grow(on)):
+            if not piece or (len(on.text) >= len(self._piece) and not self._may_grow(on)):
                 break
         way = "chained" if len(on.path) > 1 else "matched" if on.text == self._piece else "split"
         self._add(self._label, on.mass, way)
@@ -334,6 +388,11 @@ class _Spread:
         rest = probs.copy()
         rest[likely] = 0.0
         rest[realised] = 0.0
+        start = _Beginning(1.0, self._place.ahead, ())
+        if not self._place.ahead:
+            for token in self._draw(np.where(tables.growing, rest, 0.0), LOOKED_AT):
+                self._decide(start, int(token), LOOKED_AT, asked, drawn=True)
+            rest[tables.growing] = 0.0
         # Those that have none are counted last, and left out.
         given = np.bincount(tables.counted_after(self._place.ahead), rest, minlength=len(self._found) + 1)
         self._found += given[:-1]
@@ -343,7 +402,7 @@ class _Spread:
         self._account.nowhere += nowhere
         for token in likely:
             if token != realised:
-                self._decide(_Beginning(1.0, self._place.ahead, ()), int(token), float(probs[token]), asked)
+                self._decide(start, int(token), float(probs[token]), asked)
         return float(probs[realised])
 
     def _start_inside(self, probs: np.ndarray, realised: int) -> float:
@@ -363,50 +422,52 @@ class _Spread:
     def _branch_off(
         self, on: _Beginning, probs: np.ndarray, asked: list[_Beginning], realised: int | None = None
     ) -> float:
-        """Give out how a beginning goes on: the likely tokens by themselves, and the rest to what is written without
-        them. Returns what is left for the token of the text, where it is on the text."""
-        own = 0.0 if realised is None else float(probs[realised])
-        given = 0.0
-        for token in np.flatnonzero(on.mass * probs >= LOOKED_AT):
-            if token != realised:
-                given += float(probs[token])
-                self._decide(on, int(token), on.mass * float(probs[token]), asked)
-        left = on.mass * max(0.0, 1.0 - given - own)
-        self._give(_Beginning(left, on.text, on.path), "chained")
-        return on.mass * own
+        """Give out how a beginning goes on: the likely tokens by themselves, and some of the others for all of them.
+        Returns what is left for the token of the text, where it is on the text."""
+        masses = on.mass * probs
+        own = 0.0
+        if realised is not None:
+            own, masses[realised] = float(masses[realised]), 0.0
+        likely = np.flatnonzero(masses >= LOOKED_AT)
+        for token in likely:
+            self._decide(on, int(token), float(masses[token]), asked)
+        masses[likely] = 0.0
+        for token in self._draw(masses, LOOKED_AT):
+            self._decide(on, int(token), LOOKED_AT, asked, drawn=True)
+        return own
 
-    def _decide(self, on: _Beginning, token: int, mass: float, asked: list[_Beginning]) -> None:
+    def _decide(self, on: _Beginning, token: int, mass: float, asked: list[_Beginning], drawn: bool = False) -> None:
         """Give out the probability of a beginning and one more token, or ask about it."""
         piece = self._tables.teacher.pieces[token]
         if token in self._tables.teacher.stop or not piece:
             if on.path:
-                self._give(_Beginning(mass, on.text, on.path), "chained")
+                self._give(_Beginning(mass, on.text, on.path, drawn), "chained")
             else:
                 self._add(int(self._tables.first[token]), mass, "matched")
             return
-        longer = _Beginning(mass, on.text + piece, (*on.path, token))
+        longer = _Beginning(mass, on.text + piece, (*on.path, token), drawn or on.drawn)
         if not self._may_grow(longer):
             ids = self._tables.student.ids
             self._give(longer, "chained" if on.path else "matched" if longer.text in ids else "split")
-        elif mass >= self._tables.least:
-            asked.append(longer)
         else:
-            self._give(longer, "unasked")
+            asked.append(longer)
 
     def _may_grow(self, beginning: _Beginning) -> bool:
-        """Whether a token that the student has and the teacher lacks may come of a beginning."""
+        """Whether the student's first token of a beginning depends on how it goes on: it may become a token that the
+        teacher lacks, or be cut otherwise."""
         if self._place.inside or self._place.ahead:
             return False
         openings = self._tables.openings
-        return beginning.path in openings or (
-            bool(self._path_before) and (*self._path_before, *beginning.path) in openings
-        )
+        if beginning.path in openings or (self._path_before and (*self._path_before, *beginning.path) in openings):
+            return True
+        return self._tables.is_recut(self._before, beginning.text, beginning.path)
 
     def _give(self, beginning: _Beginning, way: str) -> None:
         """The probability of a beginning to the token that the student writes it with."""
         if beginning.mass <= 0:
             return
         token = self._tables.follow(self._before, beginning.text) if beginning.text else -1
+        way = "drawn" if beginning.drawn else way
         self._add(token, beginning.mass, "merged" if token < 0 and beginning.text else way)
 
     def _add(self, token: int, mass: float, way: str) -> None:

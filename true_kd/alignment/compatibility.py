@@ -40,8 +40,8 @@ class MappedTargets:
     """To the first of several of the student's tokens."""
     chained: float
     """To a token of the student's that holds several of the teacher's."""
-    unasked: float
-    """To the token that the student writes a beginning with, though a longer one might have followed."""
+    drawn: float
+    """To tokens that unlikely beginnings become, some of which were drawn for all."""
     merged: float
     """To nothing: after the student's token before, its tokenizer never writes this."""
     nowhere: float

@@ -28,13 +28,14 @@ from true_kd.models import (
     TemplateRefusal,
     TemplateStopped,
     apply_template,
+    seed_of,
     uniforms_of,
 )
 from true_kd.shards import CachedReply
 from true_kd.suggest import quote
 from true_kd.targets import TargetSettings, encode, join
 
-_VERSION = 1
+_VERSION = 2
 """Of what the ways come to; part of a cache's identity."""
 
 
@@ -116,7 +117,7 @@ class Aligner:
         shift = added - (indent(ours.join(tokens)) - indent(content))
         if response and response[-1] in theirs.stop and self._tables.stop_id is not None:
             tokens.append(self._tables.stop_id)
-        return Text(self._tables, response, tokens, shift)
+        return Text(self._tables, response, tokens, shift, added=max(0, -shift))
 
     @staticmethod
     def _start(spelling: Spelling, tokens: Sequence[int], count: int, text: str) -> int:
@@ -143,7 +144,7 @@ class Aligner:
         tokens, uniforms = np.array(retold.ours, dtype=np.int32), uniforms_of(key, max(1, len(retold.ours)))
         parts, total = [], Account()
         for group in _groups(retold.places):
-            spread = self._spread(retold, group, rows, branches, len(opening))
+            spread = self._spread(retold, group, rows, branches, len(opening), key)
             found, accounts = zip(*spread, strict=True)
             index = [place.index for place in group]
             with np.errstate(divide="ignore"):
@@ -159,11 +160,12 @@ class Aligner:
         return CachedReply(tokens, finished, join(parts), kept, account)
 
     def _spread(
-        self, retold: Text, places: Sequence[Place], rows: _Rows, branches: Branches, start: int
+        self, retold: Text, places: Sequence[Place], rows: _Rows, branches: Branches, start: int, key: str
     ) -> list[tuple[np.ndarray, Account]]:
         if self.way != "align":
             return [self._by_rule(rows(place.before)) for place in places]
-        running = [retold.spread(place, rows) for place in places]
+        seed = seed_of(key)
+        running = [retold.spread(place, rows, np.random.default_rng([seed, place.index])) for place in places]
         done: dict[int, tuple[np.ndarray, Account]] = {}
         wanted: dict[int, list[tuple[int, tuple[int, ...]]]] = {}
 

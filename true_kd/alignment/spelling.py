@@ -115,6 +115,30 @@ class Spelling:
         is_known = max(tokens, default=0) < self.model.size
         return tuple(tokens) if is_known and self.join(tokens) == text else ()
 
+    @cached_property
+    def _merges(self) -> tuple[dict[int, list[tuple[int, int]]], dict[int, list[tuple[int, int, int]]]]:
+        """Of BPE's merges those that a token is the left part of (rank, right part), and those that make it (rank, left
+        part, right part)."""
+        starting: dict[int, list[tuple[int, int]]] = {}
+        making: dict[int, list[tuple[int, int, int]]] = {}
+        known = self._token_ids
+        for rank, merge in enumerate(self.layout["model"].get("merges") or ()):
+            left, right = merge.split(" ") if isinstance(merge, str) else merge
+            if (made := known.get(left + right)) is not None and left in known and right in known:
+                starting.setdefault(known[left], []).append((rank, known[right]))
+                making.setdefault(made, []).append((rank, known[left], known[right]))
+        return starting, making
+
+    @lru_cache(maxsize=2**18)  # noqa: B019 - a process opens few tokenizers
+    def breaking(self, token: int) -> frozenset[bytes]:
+        """What may follow a token so that its end is drawn into another: BPE merges the two before it makes the token."""
+        starting, making = self._merges
+        found: set[bytes] = set()
+        for made, _, right in making.get(token, ()):
+            found.update(self.spelled(other) for rank, other in starting.get(right, ()) if rank < made)
+            found |= self.breaking(right)
+        return frozenset(found)
+
     def _split_plain(self, text: bytes) -> list[int]:
         parts = _characters(text)
         if not self._bytewise:

@@ -286,7 +286,7 @@ def _say_tokenizers(tokenizers: Mapping[str, tuple[Compatibility, MappedTargets]
             f"several, {percent(mapped.chained)} to one that holds several of the teacher's"
         )
         typer.echo(
-            f"  {percent(mapped.unasked)} may belong to a longer token, {percent(mapped.merged)} cannot follow and "
+            f"  {percent(mapped.drawn)} to tokens of unlikely texts, some drawn for all; {percent(mapped.merged)} cannot follow and "
             f"{percent(mapped.nowhere)} has no counterpart"
         )
 
