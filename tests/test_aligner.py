@@ -349,8 +349,8 @@ def test_each_way_of_the_account_is_taken_where_it_is_due() -> None:
     assert found[ids[b"a"]] == pytest.approx(0.5 * 0.4)
     assert found[ids[b"b"]] == pytest.approx(0.3)
     assert found[zoo.END] == pytest.approx(0.1)
-    assert account.chained == pytest.approx(0.5)
-    assert account.matched == pytest.approx(0.5)
+    assert account.chained == pytest.approx(0.5 * 0.6)
+    assert account.matched == pytest.approx(0.5 * 0.4 + 0.5)
 
 
 def test_what_the_student_would_have_drawn_into_its_token_before_cannot_follow() -> None:

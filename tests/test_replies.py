@@ -16,7 +16,7 @@ from test_aligner import checked, spread, texts
 from test_branching import read_plainly
 
 from true_kd.alignment import Account, Aligner, Alignment, sum_up
-from true_kd.alignment.aligner import Text, Way
+from true_kd.alignment.aligner import Way
 from true_kd.alignment.replies import find_alignment
 from true_kd.errors import VocabularyError
 from true_kd.models import Branches, LanguageModel, ModelOptions, open_model, seed_of, split_head

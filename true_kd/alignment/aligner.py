@@ -205,7 +205,6 @@ class Tables:
                 return tokens[1] if tokens[0] == before else -1
         return self.first_of(text)
 
-
     @lru_cache(maxsize=_REMEMBERED)  # noqa: B019 - as long as the tables live
     def is_recut(self, before: int, text: bytes, path: tuple[int, ...]) -> bool:
         """Whether the student may write a beginning otherwise, once it goes on."""
@@ -336,7 +335,7 @@ class _Spread:
                 self._branch_off(beginning, probs, deeper)
             asked = self._choose(deeper)
         for beginning in asked:
-            self._give(beginning, "chained")
+            self._give(beginning)
         kept = self._found.sum()
         if kept <= 0:  # the text itself is all that is left
             self._found[self._label], kept = 1.0, 1.0
@@ -377,8 +376,7 @@ class _Spread:
             at += 1
             if not piece or (len(on.text) >= len(self._piece) and not self._may_grow(on)):
                 break
-        way = "chained" if len(on.path) > 1 else "matched" if on.text == self._piece else "split"
-        self._add(self._label, on.mass, way)
+        self._add(self._label, on.mass, self._way_to(self._label, on))
         return asked
 
     def _start(self, probs: np.ndarray, realised: int, asked: list[_Beginning]) -> float:
@@ -439,18 +437,17 @@ class _Spread:
     def _decide(self, on: _Beginning, token: int, mass: float, asked: list[_Beginning], drawn: bool = False) -> None:
         """Give out the probability of a beginning and one more token, or ask about it."""
         piece = self._tables.teacher.pieces[token]
-        if token in self._tables.teacher.stop or not piece:
-            if on.path:
-                self._give(_Beginning(mass, on.text, on.path, drawn), "chained")
-            else:
-                self._add(int(self._tables.first[token]), mass, "matched")
-            return
-        longer = _Beginning(mass, on.text + piece, (*on.path, token), drawn or on.drawn)
-        if not self._may_grow(longer):
-            ids = self._tables.student.ids
-            self._give(longer, "chained" if on.path else "matched" if longer.text in ids else "split")
+        is_end = token in self._tables.teacher.stop or not piece
+        if is_end and on.path:
+            self._give(_Beginning(mass, on.text, on.path, drawn or on.drawn))
+        elif is_end:
+            self._add(int(self._tables.first[token]), mass, "matched")
         else:
-            asked.append(longer)
+            longer = _Beginning(mass, on.text + piece, (*on.path, token), drawn or on.drawn)
+            if self._may_grow(longer):
+                asked.append(longer)
+            else:
+                self._give(longer)
 
     def _may_grow(self, beginning: _Beginning) -> bool:
         """Whether the student's first token of a beginning depends on how it goes on: it may become a token that the
@@ -462,13 +459,21 @@ class _Spread:
             return True
         return self._tables.is_recut(self._before, beginning.text, beginning.path)
 
-    def _give(self, beginning: _Beginning, way: str) -> None:
+    def _give(self, beginning: _Beginning) -> None:
         """The probability of a beginning to the token that the student writes it with."""
-        if beginning.mass <= 0:
-            return
-        token = self._tables.follow(self._before, beginning.text) if beginning.text else -1
-        way = "drawn" if beginning.drawn else way
-        self._add(token, beginning.mass, "merged" if token < 0 and beginning.text else way)
+        if beginning.mass > 0:
+            token = self._tables.follow(self._before, beginning.text) if beginning.text else -1
+            is_merged = token < 0 and beginning.text
+            self._add(token, beginning.mass, "merged" if is_merged else self._way_to(token, beginning))
+
+    def _way_to(self, token: int, beginning: _Beginning) -> str:
+        """How a beginning comes to one of the student's tokens: by how much of the teacher's first that spells."""
+        if beginning.drawn:
+            return "drawn"
+        first = self._tables.teacher.written(beginning.path[0]) if beginning.path else b""
+        rest = len(self._place.ahead) + len(first) - len(self._place.inside)
+        spelled = len(self._tables.student.written(token)) if token >= 0 else 0
+        return "split" if spelled < rest else "matched" if spelled == rest else "chained"
 
     def _add(self, token: int, mass: float, way: str) -> None:
         if token < 0:

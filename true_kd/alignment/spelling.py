@@ -131,7 +131,7 @@ class Spelling:
 
     @lru_cache(maxsize=2**18)  # noqa: B019 - a process opens few tokenizers
     def breaking(self, token: int) -> frozenset[bytes]:
-        """What may follow a token so that its end is drawn into another: BPE merges the two before it makes the token."""
+        """What draws the end of a token into another where it follows: BPE merges the two before it makes the token."""
         starting, making = self._merges
         found: set[bytes] = set()
         for made, _, right in making.get(token, ()):

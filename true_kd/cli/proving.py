@@ -286,8 +286,8 @@ def _say_tokenizers(tokenizers: Mapping[str, tuple[Compatibility, MappedTargets]
             f"several, {percent(mapped.chained)} to one that holds several of the teacher's"
         )
         typer.echo(
-            f"  {percent(mapped.drawn)} to tokens of unlikely texts, some drawn for all; {percent(mapped.merged)} cannot follow and "
-            f"{percent(mapped.nowhere)} has no counterpart"
+            f"  {percent(mapped.drawn)} to tokens that unlikely texts become, some drawn for all; "
+            f"{percent(mapped.merged)} cannot follow and {percent(mapped.nowhere)} has no counterpart"
         )
 
 
