@@ -4,7 +4,7 @@ The teacher answers once. From the same text, for as many steps, a student is tr
 by each of the strategies. Shown are bits per byte, the lower the better, of held-out replies of the teacher and of
 held-out text that no model wrote: means over the seeds with the 95 % interval over seeds, and how much worse than
 `align` each is with the 95 % interval over the held-out prompts, of the seeds' mean. Each way of training has the best
-of the given learning rates, by other held-out replies than those it is measured on.
+of the given learning rates and alphas, by other held-out replies than those it is measured on.
 
     python scripts/bench_cross_tokenizer.py --teacher pocket:teacher --student STRANGER
     python scripts/bench_cross_tokenizer.py --teacher BABYLLAMA --student STORIES260K --stories tinystories_1000.json
@@ -197,14 +197,14 @@ def trained(
     return student
 
 
-def losses_of(strategy: str) -> LossOptions:
-    """The objective: at temperature 1, at which bits are counted, and for sorted probabilities as their authors have it
+def objectives(strategy: str, alphas: Sequence[float]) -> list[LossOptions]:
+    """What to choose from: at temperature 1, at which bits are counted; for sorted probabilities as their authors have it
     (cross-entropy and 1.5 times the distance)."""
     if strategy == "sft":
-        return LossOptions(alpha=0.0, temperature=1.0)
+        return [LossOptions(alpha=0.0, temperature=1.0)]
     if strategy == "uld":
-        return LossOptions(alpha=0.75, temperature=1.0, divergence="total_variation")
-    return LossOptions(temperature=1.0)
+        return [LossOptions(alpha=0.75, temperature=1.0, divergence="total_variation")]
+    return [LossOptions(alpha=alpha, temperature=1.0) for alpha in alphas]
 
 
 def spread(values: Sequence[float]) -> str:
@@ -214,6 +214,11 @@ def spread(values: Sequence[float]) -> str:
         return f"{mean(values):.4f}"
     half = reach * stdev(values) / len(values) ** 0.5
     return f"{mean(values):.4f} ({mean(values) - half:.4f} to {mean(values) + half:.4f})"
+
+
+def per_byte(found: Sequence[np.ndarray], sizes: Sequence[int]) -> str:
+    """Bits per byte of each kind of text."""
+    return ", ".join(f"{each.sum() / size:.4f}" for each, size in zip(found, sizes, strict=True))
 
 
 def behind(own: np.ndarray, best: np.ndarray, texts: Sequence[Text]) -> str:
@@ -251,6 +256,7 @@ def main() -> None:
     parser.add_argument("--iters", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
+    parser.add_argument("--alphas", type=float, nargs="+", default=[0.7, 1.0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=list(STRATEGIES))
     parser.add_argument("--least", type=float, default=LEAST, help="ask the teacher about beginnings this likely")
@@ -276,7 +282,10 @@ def main() -> None:
     written = teacher_texts(aligner, student, prompts[split:], asked[split:], replies[split:])
     chosen_by, texts = written[: len(written) // 2], written[len(written) // 2 :]
     reference = reference_texts(aligner, student, data.reference)
-    base = [bits(student, texts), bits(student, reference)]
+    kinds = (texts, reference)
+    base = [bits(student, kind) for kind in kinds]
+    sizes = [sum(text.size for text in kind) for kind in kinds]
+    print(f"student as it comes: bits per byte {per_byte(base, sizes)}", flush=True)
     examples: dict[str, list[Example]] = {}
     for way in dict.fromkeys("align" if strategy == "sft" else strategy for strategy in arguments.strategies):
         started = time.perf_counter()
@@ -292,26 +301,28 @@ def main() -> None:
     for strategy in arguments.strategies:
         own = examples["align" if strategy == "sft" else strategy]
 
-        def run(seed: int, rate: float, strategy: str = strategy, own: Sequence[Example] = own) -> LanguageModel:
+        def run(seed: int, rate: float, losses: LossOptions, own: Sequence[Example] = own) -> list[np.ndarray]:
             training = TrainingOptions(
                 iters=arguments.iters, batch_size=arguments.batch_size, learning_rate=rate, max_seq_length=LONGEST
             )
-            return trained(ours, own, training, losses_of(strategy), seed)
+            model = trained(ours, own, training, losses, seed)
+            return [bits(model, kind) for kind in (chosen_by, *kinds)]
 
-        rates = arguments.learning_rates
-        seed = arguments.seeds[0]
-        scores = {rate: bits(run(seed, rate), chosen_by).sum() for rate in rates} if len(rates) > 1 else {}
-        rate = min(scores, key=scores.get) if scores else rates[0]
-        found = [
-            [bits(model, kind) for kind in (texts, reference)]
-            for model in (run(seed, rate) for seed in arguments.seeds)
+        first, *others = arguments.seeds
+        tried = [
+            (rate, losses, run(first, rate, losses))
+            for rate in arguments.learning_rates
+            for losses in objectives(strategy, arguments.alphas)
         ]
+        rate, losses, best = min(tried, key=lambda each: each[2][0].sum())
+        found = [best, *(run(seed, rate, losses) for seed in others)]
         for at, kind in enumerate(measured):
-            kind[strategy] = np.array([each[at] for each in found])
-        per_byte = [float(kind[strategy].sum() / len(arguments.seeds)) for kind in measured]
-        sizes = [sum(text.size for text in kind) for kind in (texts, reference)]
-        shown = ", ".join(f"{total / size:.4f}" for total, size in zip(per_byte, sizes, strict=True))
-        print(f"{strategy}: learning rate {rate:g}, bits per byte {shown}", flush=True)
+            kind[strategy] = np.array([each[at + 1] for each in found])
+        means = [kind[strategy].mean(axis=0) for kind in measured]
+        print(
+            f"{strategy}: learning rate {rate:g}, alpha {losses.alpha:g}, bits per byte {per_byte(means, sizes)}",
+            flush=True,
+        )
 
     print()
     print(table("held-out replies of the teacher", texts, base[0], measured[0]), end="\n\n")

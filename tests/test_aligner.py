@@ -193,7 +193,7 @@ def test_where_words_of_both_begin_other_words_are_taught_as_all_texts_do(text: 
 def log_likelihoods(teacher: ModelTokenizer, student: ModelTokenizer, seed: int) -> tuple[float, float, int]:
     """Of a reply, by the teacher's own tokens and by what its student is taught of each of its labels."""
     says = chain(teacher, "abc ", seed, least=0.3)
-    retold = told(teacher, student, "abc abb cc a ccab")
+    retold = told(teacher, student, "abc abb cc a ccab", least=1e-6)
     theirs = sum(np.log(says(tuple(retold.theirs[:at]))[token]) for at, token in enumerate(retold.theirs))
     ours = sum(np.log(spread(retold, place, says)[0][retold.ours[place.index]]) for place in retold.places)
     return theirs, ours, len(retold.places)

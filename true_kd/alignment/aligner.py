@@ -37,8 +37,9 @@ Way = Literal["align", "uld", "truncate", "project"]
 alone, sorted (Boizard et al., 2024, arXiv:2402.12030). `truncate`: id by id, whatever they stand for. `project`: each
 token to the one of the same spelling, and those without are dropped."""
 
-LEAST = 0.01
-"""Probability from which on a beginning is asked about in any case; see `scripts/bench_cross_tokenizer.py`."""
+LEAST = 0.03
+"""Probability from which on a beginning is asked about in any case. In `scripts/bench_cross_tokenizer.py` 0.01 taught a
+student no more, and 0.1 less."""
 LOOKED_AT = 0.001
 """Probability from which on a token is decided by itself in any case."""
 _REMEMBERED = 2**18
@@ -206,21 +207,30 @@ class Tables:
         return self.first_of(text)
 
     @lru_cache(maxsize=_REMEMBERED)  # noqa: B019 - as long as the tables live
-    def is_recut(self, before: int, text: bytes, path: tuple[int, ...]) -> bool:
-        """Whether the student may write a beginning otherwise, once it goes on."""
-        piece = (self.student.pieces[before] or b"") if before >= 0 else b""
-        cut, tail = self.follow(before, text), b""
-        path = (*self.teacher.split(piece), *path)
-        for token in reversed(self.student.split(piece + text)):
-            for other in self.student.breaking(token):
-                if len(other) > len(tail) and other.startswith(tail):
-                    added = other[len(tail) :]
-                    # The teacher, too, has to be able to go on so without writing anything otherwise.
-                    is_written = self.teacher.split(piece + text + added)[: len(path)] == path
-                    if is_written and self.follow(before, text + added) != cut:
-                        return True
+    def is_recut(self, text: bytes, path: tuple[int, ...]) -> bool:
+        """Whether the student's first token of a beginning may be another one, once that goes on."""
+        first, tail = self.first_of(text), b""
+        for token in reversed(self.student.split(text)):
+            for added in self._breaking(token, tail):
+                if self.teacher.split(text + added)[: len(path)] == path and self.first_of(text + added) != first:
+                    return True
             tail = self.student.spelled(token) + tail
         return False
+
+    @lru_cache(maxsize=_REMEMBERED)  # noqa: B019 - as long as the tables live
+    def is_broken(self, before: int, text: bytes, path: tuple[int, ...]) -> bool:
+        """Whether what follows a beginning may change how the student cuts it from its token before."""
+        piece, cut = self.student.spelled(before), self.follow(before, text)
+        path = (*self.teacher.split(piece), *path)
+        return any(
+            self.teacher.split(piece + text + added)[: len(path)] == path and self.follow(before, text + added) != cut
+            for added in self._breaking(before, text)
+        )
+
+    def _breaking(self, token: int, tail: bytes) -> list[bytes]:
+        """What draws the end of a token into another where it comes after it and `tail`."""
+        found = self.student.breaking(token)
+        return [other[len(tail) :] for other in found if len(other) > len(tail) and other.startswith(tail)]
 
 
 class Text:
@@ -353,10 +363,13 @@ class _Spread:
     def _draw(self, masses: np.ndarray, each: float) -> np.ndarray:
         """Indices of probabilities below `each`, drawn so that those drawn, with `each` instead, have the same mean:
         systematic sampling, which draws as many as belong to the sum, or one more."""
-        start = self._rng.random() if len(masses) else 0.0
+        total = masses.sum(dtype=np.float64)
+        start = self._rng.random() if total > 0 else 0.0
+        count = int(total / each + start)
+        if not count:
+            return np.zeros(0, dtype=np.int64)
         ends = np.cumsum(masses, dtype=np.float64)
-        count = int(ends[-1] / each + start) if len(masses) else 0
-        return np.searchsorted(ends, (np.arange(1, count + 1) - start) * each)
+        return np.searchsorted(ends, (np.arange(1, count + 1) - start) * each * (ends[-1] / total))
 
     def _follow_text(self) -> list[_Beginning]:
         """Give out what branches off the text until the label is written; returns what is to be asked about."""
@@ -457,7 +470,9 @@ class _Spread:
         openings = self._tables.openings
         if beginning.path in openings or (self._path_before and (*self._path_before, *beginning.path) in openings):
             return True
-        return self._tables.is_recut(self._before, beginning.text, beginning.path)
+        text, path = beginning.text, beginning.path
+        is_broken = self._before >= 0 and self._tables.is_broken(self._before, text, path)
+        return is_broken or self._tables.is_recut(text, path)
 
     def _give(self, beginning: _Beginning) -> None:
         """The probability of a beginning to the token that the student writes it with."""
