@@ -198,8 +198,8 @@ def trained(
 
 
 def objectives(strategy: str, alphas: Sequence[float]) -> list[LossOptions]:
-    """What to choose from: at temperature 1, at which bits are counted; for sorted probabilities as their authors have it
-    (cross-entropy and 1.5 times the distance)."""
+    """What to choose from: at temperature 1, at which bits are counted; for sorted probabilities as their authors
+    do, cross-entropy and 1.5 times the distance."""
     if strategy == "sft":
         return [LossOptions(alpha=0.0, temperature=1.0)]
     if strategy == "uld":

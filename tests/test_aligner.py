@@ -362,6 +362,33 @@ def test_what_the_student_would_have_drawn_into_its_token_before_cannot_follow()
     assert found[ids[b"c"]] + found[ids[b"cc"]] == pytest.approx(2 / 3, abs=1e-3)
 
 
+RECUT = zoo.merging("b c", "a b", "c c", "_ a")
+
+
+def write(says: Says, rng: np.random.Generator) -> str:
+    """A text that a teacher of letters may write."""
+    tokens: tuple[int, ...] = ()
+    while (token := int(rng.choice(LETTERS.size, p=says(tokens)))) != zoo.END:
+        tokens = (*tokens, token)
+    return Spelling(LETTERS).join(tokens).decode()
+
+
+@pytest.mark.parametrize("student", [WORDS, OTHERS, RECUT], ids=["words", "others", "recut"])
+def test_students_are_taught_each_token_as_often_as_they_read_it(student: ModelTokenizer) -> None:
+    says, rng = chain(LETTERS, "abc ", 3), np.random.default_rng(0)
+    taught, read, spreads = np.zeros(student.size), np.zeros(student.size), np.zeros(student.size)
+    for seed in range(300):
+        retold = told(LETTERS, student, write(says, rng))
+        for place in retold.places:
+            found, _ = spread(retold, place, says, [seed, place.index])
+            taught += found
+            spreads += found * (1 - found)
+            read[retold.ours[place.index]] += 1
+    assert read.sum() > 500
+    assert np.abs(read - taught).max() <= 4 * np.sqrt(spreads.max() + 1)
+    assert ((read - taught) ** 2 / (spreads + 1))[read > 5].mean() < 2.5
+
+
 @pytest.mark.parametrize("share", [(LEAST + LOOKED_AT) / 2, LOOKED_AT / 2])
 def test_unlikely_beginnings_are_drawn_as_often_as_they_are_likely(share: float) -> None:
     """Each time some stand for all, which is right in the mean: also of what comes of those that were drawn."""

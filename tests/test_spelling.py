@@ -228,3 +228,23 @@ def test_a_tokenizer_without_bytes_cannot_spell_what_it_never_saw() -> None:
     assert spelling.split(b"the cat")
     assert spelling.split("\N{SNOWMAN}".encode()) == ()
     assert spelling.split(b"\xe7") == ()
+
+
+def test_what_draws_the_end_of_a_token_into_another_comes_of_earlier_merges() -> None:
+    spelling = Spelling(zoo.merging("b c", "a b", "c c", "ab d", "_ ab"))
+    ids = spelling.ids
+    assert spelling.breaking(ids[b"ab"]) == {b"c"}
+    assert spelling.breaking(ids[b" ab"]) == {b"c", b"d"}
+    assert spelling.breaking(ids[b"abd"]) == spelling.breaking(ids[b"a"]) == spelling.breaking(ids[b"cc"]) == set()
+    assert spelling.split(b"abc") == (ids[b"a"], ids[b"bc"])
+    assert spelling.split(b" abd") == (ids[b" "], ids[b"abd"])
+
+
+@pytest.mark.parametrize("name", [name for name in zoo.ALL if name != "phrases"])
+def test_whatever_is_said_to_draw_in_the_end_of_a_token_makes_tokens_over_it(name: str) -> None:
+    spelling = zoo.spelled(name)
+    known = set(spelling.ids)
+    for token in range(0, spelling.model.size, max(1, spelling.model.size // 300)):
+        piece = spelling.pieces[token]
+        for other in spelling.breaking(token) if piece else ():
+            assert any(piece[at:] + other in known for at in range(1, len(piece)))
