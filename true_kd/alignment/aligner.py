@@ -7,17 +7,17 @@ token of that text gets its probability. Four cases:
 - The student writes the teacher's token as one token of its own, or as several: the (first) token gets it.
 - The student's token holds several of the teacher's: the product of their conditional probabilities, as in approximate
   likelihood matching (Minixhofer et al., 2025, arXiv:2503.20083). Along the text itself these are at hand. Another
-  beginning that may become a longer token of the student's is *asked about*: the teacher reads it and says how it goes
-  on. Of beginnings less likely than `LEAST` only some are, drawn at random, and stand for the others: so the result is
-  right in the mean, whatever `LEAST` is. Only tokens that the teacher lacks are worth asking about: those that it has,
-  it would have written at once.
+  beginning is *asked about*, that is, the teacher reads it and says how it goes on, where the student's first token
+  depends on that: where it may become one that the teacher lacks (those that it has, it would have written at once), and
+  where BPE cuts it otherwise as it goes on. Of beginnings less likely than `LEAST` only some are, drawn at random, and
+  stand for the others: so the result is right in the mean.
 - The student's token begins inside one of the teacher's: of the teacher's tokens there, those that agree with the text
   so far (Phan et al., 2024, arXiv:2410.09303), renormalised.
-- A beginning that the student would have drawn into its token before cannot follow that token: it is left out, and the
-  rest renormalised. Without this a teacher of letters teaches a student of words to spell.
+- A beginning that the student would have cut otherwise together with its token before cannot follow that token: it is
+  left out, and the rest renormalised. Without this a teacher of letters teaches a student of words to spell.
 
 All probability is accounted for: `Account` says how much went each way. What the result is not: it takes the teacher's
-own way of cutting a text for the only one, and the student's cut of a beginning for that of every text with it.
+own way of cutting a text for the only one, and inside one of the teacher's tokens nothing is asked.
 """
 
 from __future__ import annotations
