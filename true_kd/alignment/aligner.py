@@ -8,7 +8,7 @@ token of that text gets its probability. Four cases:
 - The student's token holds several of the teacher's: the product of their conditional probabilities, as in approximate
   likelihood matching (Minixhofer et al., 2025, arXiv:2503.20083). Along the text itself these are at hand. Another
   beginning is *asked about*, that is, the teacher reads it and says how it goes on, where the student's first token
-  depends on that: where it may become one that the teacher lacks (those that it has, it would have written at once), and
+  depends on that: where it may become one that the teacher lacks (one that it has it would have written at once), and
   where BPE cuts it otherwise as it goes on. Of beginnings less likely than `LEAST` only some are, drawn at random, and
   stand for the others: so the result is right in the mean.
 - The student's token begins inside one of the teacher's: of the teacher's tokens there, those that agree with the text
