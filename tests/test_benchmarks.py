@@ -12,6 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
+import tokenizer_zoo as zoo
+from conftest import save_random_model
 
 from true_kd import pocket
 from true_kd.models import trainable
@@ -179,3 +181,16 @@ def test_plans_are_compared_with_their_runs(tmp_path: Path) -> None:
     found = rows("bench_plan.py", tmp_path, "--domains", "task", "--rounds", "1", *given)
     assert len(found["plan / run"]) == len(found["task"]) == 8
     assert all(float(cell) > 0 for cell in found["task"])
+
+
+@pytest.mark.slow
+def test_students_of_another_tokenizer_are_trained_by_every_strategy(tmp_path: Path) -> None:
+    student = tmp_path / "student"
+    student.mkdir()
+    save_random_model(student, zoo.folder_of("llama"), 7, vocab_size=720, eos_token_id=zoo.END)
+    small = ("--train", "24", "--held-out", "6", "--max-tokens", "32", "--iters", "12", "--batch-size", "4")
+    pair = ("--teacher", "pocket:teacher", "--student", str(student), "--learning-rates", "3e-3", "--seeds", "0", "1")
+    found = rows("bench_cross_tokenizer.py", tmp_path, *pair, *small)
+    said = {name: float(found[name][0].split()[0]) for name in ("student as it comes", "sft", "align", "uld")}
+    assert max(said["sft"], said["align"]) < said["student as it comes"]
+    assert {"project", "truncate"} < set(found)
