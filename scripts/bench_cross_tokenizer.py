@@ -132,7 +132,7 @@ def make_examples(
     for prompt, item, reply in zip(prompts, asked, replies, strict=True):
         opening, response = item.rendered.prompt, reply.tokens.tolist()
         branches = Branches(teacher.module, split, [*opening, *response])
-        found = aligner.score(split, branches, opening, (response, reply.finished), item.key, settings)
+        found = aligner.score(branches, opening, (response, reply.finished), item.key, settings)
         ours = render(prompt, student.tokenizer, student.stop_ids, student.name).prompt
         example = make_example(ours, found.tokens, found.targets, found.kept, prompt.where, LONGEST)
         examples += [example] if example else []

@@ -194,9 +194,8 @@ def score(
     text: str | None = None,
 ) -> tuple[CachedReply, Aligner]:
     made = Aligner(way, teacher, zoo.opened(student))
-    split = split_head(teacher.module)
-    branches = Branches(teacher.module, split, [*opening, *response])
-    return made.score(split, branches, opening, (response, "given"), KEY, TARGETS, text), made
+    branches = Branches(teacher.module, split_head(teacher.module), [*opening, *response])
+    return made.score(branches, opening, (response, "given"), KEY, TARGETS, text), made
 
 
 def probabilities(teacher: LanguageModel, tokens: Sequence[int]) -> np.ndarray:

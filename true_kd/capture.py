@@ -290,9 +290,7 @@ class _AlignedScorer:
     def score(self, item: TeacherPrompt, response: Sequence[int], finished: str) -> CachedReply:
         opening = item.rendered.prompt
         branches = Branches(self._module, self._split, [*opening, *response])
-        found = self._aligner.score(
-            self._split, branches, opening, (response, finished), item.key, self._settings, item.text
-        )
+        found = self._aligner.score(branches, opening, (response, finished), item.key, self._settings, item.text)
         return _select_sparse(found, self._settings)
 
 

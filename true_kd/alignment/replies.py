@@ -24,7 +24,6 @@ from true_kd.models import (
     Branches,
     ModelOptions,
     ModelTokenizer,
-    Split,
     TemplateRefusal,
     TemplateStopped,
     apply_template,
@@ -127,7 +126,6 @@ class Aligner:
 
     def score(
         self,
-        split: Split,
         branches: Branches,
         opening: Sequence[int],
         reply: tuple[Sequence[int], str],
@@ -135,12 +133,14 @@ class Aligner:
         settings: TargetSettings,
         text: str | None = None,
     ) -> CachedReply:
-        """Targets of a reply (the teacher's tokens, and how it ended) to an opening, in the student's vocabulary."""
+        """Targets of a reply (the teacher's tokens, and how it ended) to an opening, in the student's vocabulary.
+
+        `branches` has the teacher read the opening and the reply.
+        """
         response, finished = reply
         retold = self.retell(response, opening, text)
-        sequence = mx.array([[*opening, *response]])
-        states = split.states_at(sequence, mx.arange(len(opening) - 1, len(opening) - 1 + len(response)))
-        rows = _Rows(lambda start, stop: split.head(states[start:stop]), len(response))
+        first = len(opening) - 1
+        rows = _Rows(lambda start, stop: branches.logits(first + start, first + stop), len(response))
         tokens, uniforms = np.array(retold.ours, dtype=np.int32), uniforms_of(key, max(1, len(retold.ours)))
         parts, total = [], Account()
         for group in _groups(retold.places):

@@ -1,4 +1,4 @@
-"""What a model would say next after made-up continuations of one sequence.
+"""What a model says along one sequence, and would say next after made-up continuations of it.
 
 The sequence is read once and its keys and values are kept; a continuation costs its own tokens and a few before them.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -45,7 +46,7 @@ def _grid() -> Grid:
 
 
 class Branches:
-    """The continuations of one sequence, a batch at a time."""
+    """One sequence, and its continuations a batch at a time."""
 
     def __init__(self, module: nn.Module, split: Split, tokens: Sequence[int], grid: Grid | None = None) -> None:
         """`split` is the model's own; `grid` None for what suits the device."""
@@ -53,7 +54,10 @@ class Branches:
         self._module = module
         self._split = split
         self._tokens = list(tokens)
-        self._cache: list[Any] | None = None
+
+    def logits(self, start: int, stop: int) -> mx.array:
+        """What the model says after each token of the sequence from `start` up to `stop`; [tokens, vocab]."""
+        return self._split.head(self._sequence[1][start:stop])
 
     def logprobs(self, asked: Sequence[Branch]) -> np.ndarray:
         """Log-probabilities of the token after each continuation, nats, float32 [asked, vocab]."""
@@ -69,9 +73,9 @@ class Branches:
 
     def _read(self, first: int, group: Sequence[Branch]) -> np.ndarray:
         """Continuations that begin at `first` or a little later."""
-        self._cache = self._cache or self._read_sequence()
+        cache, _ = self._sequence
         # Whatever keeps more than keys and values, such as a state, reads every continuation from the beginning.
-        first = first if self._cache else 0
+        first = first if cache else 0
         paths = [[*self._tokens[first:start], *path] for start, path in group]
         width = _round_up(max(len(path) for path in paths), self._grid.step)
         count = _round_up(len(paths), self._grid.rows)
@@ -84,24 +88,26 @@ class Branches:
         rows = self._split.head(mx.take_along_axis(states, last, axis=1)[:, 0]).astype(mx.float32)
         return np.array(rows - mx.logsumexp(rows, axis=-1, keepdims=True))[: len(group)]
 
-    def _read_sequence(self) -> list[Any]:
-        """The cache of every layer; empty where one is of a kind that cannot be cut to any length."""
+    @cached_property
+    def _sequence(self) -> tuple[list[Any], mx.array]:
+        """The cache of every layer, none where one is of a kind that cannot be cut to any length; and the states that
+        enter the head, [tokens, width]."""
         from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
         cache = make_prompt_cache(self._module)
         if any(type(layer) not in (KVCache, RotatingKVCache) for layer in cache):
-            return []
+            return [], self._split.body(mx.array([self._tokens]))[0]
         # Read at once, so that a window's cache has all of it, in order.
-        self._split.body(mx.array([self._tokens]), cache)
-        mx.eval([(layer.keys, layer.values) for layer in cache])
-        return cache
+        states = self._split.body(mx.array([self._tokens]), cache)[0]
+        mx.eval(states, [(layer.keys, layer.values) for layer in cache])
+        return cache, states
 
     def _copies(self, length: int, rows: int) -> list[Any]:
         """The cache as it was after `length` tokens, for so many sequences side by side."""
         from mlx_lm.models.cache import KVCache, RotatingKVCache
 
         copies = []
-        for layer in self._cache or ():
+        for layer in self._sequence[0]:
             is_window = type(layer) is RotatingKVCache
             copy = RotatingKVCache(layer.max_size, layer.keep) if is_window else KVCache()
             arrays = (mx.repeat(array[..., :length, :], rows, axis=0) for array in (layer.keys, layer.values))
