@@ -40,10 +40,12 @@ token to the one of the same spelling, and those without are dropped."""
 LEAST = 0.03
 """Probability from which on a beginning is asked about in any case. In `scripts/bench_cross_tokenizer.py` 0.01 taught a
 student no more, and 0.1 less."""
-LOOKED_AT = 0.001
+LOOKED_AT = 0.003
 """Probability from which on a token is decided by itself in any case."""
 _REMEMBERED = 2**18
 """Answers about short texts that are kept: the same come again and again."""
+_BLOCK = 512
+"""Tokens whose probabilities are summed up together, to draw from them."""
 DEEPEST = 32
 """Teacher's tokens that are asked about one after the other, at most."""
 
@@ -109,6 +111,7 @@ class Tables:
     def __init__(self, teacher: Spelling, student: Spelling, stop_id: int | None, least: float = LEAST) -> None:
         """`stop_id` is what the student ends a reply with, `least` the probability of a beginning to ask about."""
         self.least = least
+        self.looked_at = min(LOOKED_AT, least)
         self.teacher = teacher
         self.student = student
         self.stop_id = stop_id
@@ -171,10 +174,8 @@ class Tables:
 
     @cached_property
     def growing(self) -> np.ndarray:
-        """bool [teacher ids], whether each may become a token that the student has and the teacher lacks."""
-        found = np.zeros(self.teacher.model.size, dtype=bool)
-        found[[path[0] for path in self.openings if len(path) == 1]] = True
-        return found
+        """The teacher's tokens that may become one that the student has and the teacher lacks."""
+        return np.array(sorted(path[0] for path in self.openings if len(path) == 1), dtype=np.int64)
 
     @cached_property
     def _sorted(self) -> tuple[list[bytes], np.ndarray]:
@@ -209,12 +210,15 @@ class Tables:
     @lru_cache(maxsize=_REMEMBERED)  # noqa: B019 - as long as the tables live
     def is_recut(self, text: bytes, path: tuple[int, ...]) -> bool:
         """Whether the student's first token of a beginning may be another one, once that goes on."""
-        first, tail = self.first_of(text), b""
-        for token in reversed(self.student.split(text)):
+        tokens, tail = self.student.split(text), text
+        for at, token in enumerate(tokens):
+            tail = tail[len(self.student.spelled(token)) :]
             for added in self._breaking(token, tail):
-                if self.teacher.split(text + added)[: len(path)] == path and self.first_of(text + added) != first:
+                if self.teacher.split(text + added)[: len(path)] == path and self.first_of(text + added) != tokens[0]:
                     return True
-            tail = self.student.spelled(token) + tail
+            # What is left of the next one, when that is broken, may come to this one.
+            if at + 1 < len(tokens) and not self._are_close(token, tokens[at + 1]):
+                break
         return False
 
     @lru_cache(maxsize=_REMEMBERED)  # noqa: B019 - as long as the tables live
@@ -226,6 +230,13 @@ class Tables:
             self.teacher.split(piece + text + added)[: len(path)] == path and self.follow(before, text + added) != cut
             for added in self._breaking(before, text)
         )
+
+    @lru_cache(maxsize=_REMEMBERED)  # noqa: B019 - as long as the tables live
+    def _are_close(self, token: int, other: int) -> bool:
+        """Whether some token lies over the end of a token and a part of the next."""
+        one, two = self.student.spelled(token), self.student.spelled(other)
+        parts = ((one[start:], two[:stop]) for start in range(len(one)) for stop in range(1, len(two)))
+        return any(left + right in self.student.ids for left, right in parts)
 
     def _breaking(self, token: int, tail: bytes) -> list[bytes]:
         """What draws the end of a token into another where it comes after it and `tail`."""
@@ -363,13 +374,19 @@ class _Spread:
     def _draw(self, masses: np.ndarray, each: float) -> np.ndarray:
         """Indices of probabilities below `each`, drawn so that those drawn, with `each` instead, have the same mean:
         systematic sampling, which draws as many as belong to the sum, or one more."""
-        total = masses.sum(dtype=np.float64)
-        start = self._rng.random() if total > 0 else 0.0
-        count = int(total / each + start)
-        if not count:
+        if not len(masses):
             return np.zeros(0, dtype=np.int64)
-        ends = np.cumsum(masses, dtype=np.float64)
-        return np.searchsorted(ends, (np.arange(1, count + 1) - start) * each * (ends[-1] / total))
+        # Sums of blocks first: most of a large vocabulary is never looked at.
+        edges = np.arange(0, len(masses), _BLOCK)
+        ends = np.cumsum(np.add.reduceat(masses, edges, dtype=np.float64))
+        start = self._rng.random()
+        points = (np.arange(1, int(ends[-1] / each + start) + 1) - start) * each
+        found = []
+        for block, point in zip(np.searchsorted(ends, points), points, strict=True):
+            inside = np.cumsum(masses[edges[block] : edges[block] + _BLOCK], dtype=np.float64)
+            before = ends[block - 1] if block else 0.0
+            found.append(edges[block] + min(np.searchsorted(inside, point - before), len(inside) - 1))
+        return np.array(found, dtype=np.int64)
 
     def _follow_text(self) -> list[_Beginning]:
         """Give out what branches off the text until the label is written; returns what is to be asked about."""
@@ -395,14 +412,14 @@ class _Spread:
     def _start(self, probs: np.ndarray, realised: int, asked: list[_Beginning]) -> float:
         """Where a token of the teacher begins: all of its tokens at once, and the likely ones by themselves."""
         tables = self._tables
-        likely = np.flatnonzero(probs >= LOOKED_AT)
+        likely = np.flatnonzero(probs >= tables.looked_at)
         rest = probs.copy()
         rest[likely] = 0.0
         rest[realised] = 0.0
         start = _Beginning(1.0, self._place.ahead, ())
         if not self._place.ahead:
-            for token in self._draw(np.where(tables.growing, rest, 0.0), LOOKED_AT):
-                self._decide(start, int(token), LOOKED_AT, asked, drawn=True)
+            for at in self._draw(rest[tables.growing], tables.looked_at):
+                self._decide(start, int(tables.growing[at]), tables.looked_at, asked, drawn=True)
             rest[tables.growing] = 0.0
         # Those that have none are counted last, and left out.
         given = np.bincount(tables.counted_after(self._place.ahead), rest, minlength=len(self._found) + 1)
@@ -435,16 +452,16 @@ class _Spread:
     ) -> float:
         """Give out how a beginning goes on: the likely tokens by themselves, and some of the others for all of them.
         Returns what is left for the token of the text, where it is on the text."""
-        masses = on.mass * probs
+        masses, least = on.mass * probs, self._tables.looked_at
         own = 0.0
         if realised is not None:
             own, masses[realised] = float(masses[realised]), 0.0
-        likely = np.flatnonzero(masses >= LOOKED_AT)
+        likely = np.flatnonzero(masses >= least)
         for token in likely:
             self._decide(on, int(token), float(masses[token]), asked)
         masses[likely] = 0.0
-        for token in self._draw(masses, LOOKED_AT):
-            self._decide(on, int(token), LOOKED_AT, asked, drawn=True)
+        for token in self._draw(masses, least):
+            self._decide(on, int(token), least, asked, drawn=True)
         return own
 
     def _decide(self, on: _Beginning, token: int, mass: float, asked: list[_Beginning], drawn: bool = False) -> None:
