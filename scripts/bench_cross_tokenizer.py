@@ -32,7 +32,8 @@ import numpy as np
 import pocket_tasks
 
 from true_kd.alignment import Aligner
-from true_kd.alignment.aligner import LEAST, Way
+from true_kd.alignment.aligner import Way
+from true_kd.alignment.tables import LEAST
 from true_kd.batching import BatchOptions, epoch_batches
 from true_kd.cache import TargetCache
 from true_kd.capture import CaptureOptions, TeacherPrompt, capture, render_for, teacher_identity

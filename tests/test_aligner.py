@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from test_spelling import ODD, characters
 
 from true_kd.alignment import Account
-from true_kd.alignment.aligner import LEAST, LOOKED_AT, Place, Tables, Text
+from true_kd.alignment.aligner import Place, Text
 from true_kd.alignment.spelling import Spelling
+from true_kd.alignment.tables import LEAST, LOOKED_AT, Tables
 from true_kd.models import ModelTokenizer
 
 often = settings(max_examples=30, deadline=None)

@@ -14,9 +14,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from true_kd.alignment.aligner import LEAST, Account, Place, Tables, Text, Way
+from true_kd.alignment.aligner import Account, Place, Text, Way
 from true_kd.alignment.compatibility import Compatibility, compare_spellings
 from true_kd.alignment.spelling import Spelling, indent
+from true_kd.alignment.tables import LEAST, Tables
 from true_kd.errors import VocabularyError
 from true_kd.examples import TEMPLATE_DATE
 from true_kd.files import digest_json
