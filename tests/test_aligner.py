@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -302,7 +303,9 @@ def test_a_student_of_the_same_tokenizer_is_taught_the_distribution_itself(teach
     ]
     rng = np.random.default_rng(len(text))
     for place in retold.places:
-        before = retold.label_before(place)
+        before, piece = retold.label_before(place), spelling.pieces[tokens[place.index]]
+        if piece and ours.follow(before, piece) != tokens[place.index]:
+            continue  # space that is cut so because of what comes after it
         # What the tokenizer writes otherwise after its token before is left out.
         canonical = [
             int(index)
@@ -418,6 +421,44 @@ def test_what_the_student_has_no_counterpart_of_goes_nowhere_and_the_rest_is_ren
     assert account.nowhere == pytest.approx(0.5)
     assert found[Spelling(WORDS).ids[b"b"]] == pytest.approx(0.8)
     assert found[zoo.END] == pytest.approx(0.2)
+
+
+def test_tokens_that_the_head_has_no_row_for_are_taught_nothing() -> None:
+    last = zoo.opened("llama").ids["<|tool|>"]
+    cut = dataclasses.replace(zoo.opened("llama"), size=last)
+    found = Tables(zoo.spelled("qwen"), Spelling(cut), last)
+    assert found.first[zoo.opened("qwen").ids["<|tool|>"]] == -1
+    assert found.first[zoo.opened("qwen").ids["<|user|>"]] == zoo.opened("llama").ids["<|user|>"]
+    assert found.stop_id is None
+
+
+def test_what_the_student_cannot_spell_goes_nowhere() -> None:
+    spelling = zoo.spelled("letters")
+    probs = np.zeros(spelling.model.size)
+    probs[spelling.ids[b"\xe7"]], probs[spelling.ids[b"a"]] = 0.5, 0.5
+    retold = Text(tables_of("letters", "phrases"), letters(b"a"), zoo.spelled("phrases").split(b"a"))
+    _, account = spread(retold, retold.places[0], lambda tokens: probs)
+    assert (account.nowhere, account.merged) == (pytest.approx(0.5), 0.0)
+
+
+@pytest.mark.parametrize("spaces", [1, 2, 3])
+@pytest.mark.parametrize("student", ["qwen", "gpt2"])
+@pytest.mark.parametrize("teacher", ["letters", "mistral", "gemma", "unsplit"])
+def test_what_comes_after_spaces_says_how_they_are_cut(teacher: str, student: str, spaces: int) -> None:
+    """A word draws the last of them to it: a text that the teacher does not write here, but is sure of."""
+    theirs, ours = zoo.spelled(teacher), zoo.spelled(student)
+    head, rest = b"cat\n", b" " * spaces + b"cat"
+    said = [*theirs.split(head + b"cat"), theirs.model.stop_ids[0]]
+    retold = Text(tables_of(teacher, student), said, [*ours.split(head + b"cat"), zoo.END])
+    sure = [*theirs.split(head + rest), theirs.model.stop_ids[0]]
+
+    def says(tokens: tuple[int, ...]) -> np.ndarray:
+        is_known = list(tokens) == sure[: len(tokens)]
+        return np.eye(theirs.model.size)[sure[len(tokens)] if is_known else sure[-1]]
+
+    [place] = [place for place in retold.places if place.index == len(ours.split(head))]
+    found, _ = spread(retold, place, says)
+    assert found[ours.split(head + rest)[place.index]] == pytest.approx(1.0)
 
 
 def test_special_tokens_of_one_name_are_the_same_token() -> None:

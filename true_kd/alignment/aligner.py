@@ -234,7 +234,7 @@ class _Spread:
         start = self._rng.random()
         points = (np.arange(1, int(ends[-1] / each + start) + 1) - start) * each
         found = []
-        for block, point in zip(np.searchsorted(ends, points), points, strict=True):
+        for block, point in zip(np.minimum(np.searchsorted(ends, points), len(edges) - 1), points, strict=True):
             inside = np.cumsum(masses[edges[block] : edges[block] + _BLOCK], dtype=np.float64)
             before = ends[block - 1] if block else 0.0
             found.append(edges[block] + min(np.searchsorted(inside, point - before), len(inside) - 1))
@@ -347,7 +347,7 @@ class _Spread:
         """The probability of a beginning to the token that the student writes it with."""
         if beginning.mass > 0:
             token = self._tables.follow(self._before, beginning.text) if beginning.text else -1
-            is_merged = token < 0 and beginning.text
+            is_merged = token < 0 and self._tables.first_of(beginning.text) >= 0
             self._add(token, beginning.mass, "merged" if is_merged else self._way_to(token, beginning))
 
     def _way_to(self, token: int, beginning: _Beginning) -> str:

@@ -179,10 +179,14 @@ class Aligner:
         for at in range(len(running)):
             go_on(at, None)
         while wanted:
-            asked = list(dict.fromkeys(each for mine in wanted.values() for each in mine))
+            asked: dict[tuple[int, tuple[int, ...]], None] = {}
+            waiting = {}
+            while wanted and len(asked) < _QUESTIONS:
+                at = next(iter(wanted))
+                waiting[at] = wanted.pop(at)
+                asked |= dict.fromkeys(waiting[at])
             said = np.exp(branches.logprobs([(start + before, path) for before, path in asked]))
             answers = dict(zip(asked, said, strict=True))
-            waiting, wanted = wanted, {}
             for at, mine in waiting.items():
                 go_on(at, [answers[each] for each in mine])
         return [done[at] for at in range(len(running))]
@@ -228,6 +232,8 @@ class _Rows:
 
 _TOGETHER = 32
 """Places whose questions to the teacher are put together."""
+_QUESTIONS = 128
+"""Of these so many are asked at a time, or a few more: each is answered with the teacher's whole vocabulary."""
 
 
 def _groups(places: Sequence[Place]) -> Iterator[Sequence[Place]]:

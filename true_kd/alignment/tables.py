@@ -27,7 +27,7 @@ class Tables:
         self.looked_at = min(LOOKED_AT, least)
         self.teacher = teacher
         self.student = student
-        self.stop_id = stop_id
+        self.stop_id = stop_id if stop_id is not None and stop_id < student.model.size else None
 
     @cached_property
     def first(self) -> np.ndarray:
@@ -36,7 +36,7 @@ class Tables:
         for index, piece in enumerate(self.teacher.pieces):
             if piece:
                 found[index] = self.first_of(piece)
-        names = {name: index for index, name in self.student.special.items()}
+        names = {name: index for index, name in self.student.special.items() if index < self.student.model.size}
         for index, name in self.teacher.special.items():
             if index < len(found):
                 found[index] = names.get(name, -1)
@@ -123,16 +123,18 @@ class Tables:
     @lru_cache(maxsize=_REMEMBERED)  # noqa: B019 - as long as the tables live
     def is_recut(self, text: bytes, path: tuple[int, ...]) -> bool:
         """Whether the student's first token of a beginning may be another one, once that goes on."""
-        tokens, tail = self.student.split(text), text
+        tokens, tail, first = self.student.split(text), text, self.first_of(text)
+        tried = _after_space(text)
         for at, token in enumerate(tokens):
             tail = tail[len(self.student.spelled(token)) :]
-            for added in self._breaking(token, tail):
-                if self.teacher.split(text + added)[: len(path)] == path and self.first_of(text + added) != tokens[0]:
-                    return True
+            tried += self._breaking(token, tail)
             # What is left of the next one, when that is broken, may come to this one.
             if at + 1 < len(tokens) and not self._are_close(token, tokens[at + 1]):
                 break
-        return False
+        return any(
+            self.teacher.split(text + added)[: len(path)] == path and self.first_of(text + added) != first
+            for added in tried
+        )
 
     @lru_cache(maxsize=_REMEMBERED)  # noqa: B019 - as long as the tables live
     def is_broken(self, before: int, text: bytes, path: tuple[int, ...]) -> bool:
@@ -141,7 +143,7 @@ class Tables:
         path = (*self.teacher.split(piece), *path)
         return any(
             self.teacher.split(piece + text + added)[: len(path)] == path and self.follow(before, text + added) != cut
-            for added in self._breaking(before, text)
+            for added in self._breaking(before, text) + _after_space(text)
         )
 
     @lru_cache(maxsize=_REMEMBERED)  # noqa: B019 - as long as the tables live
@@ -155,3 +157,8 @@ class Tables:
         """What draws the end of a token into another where it comes after it and `tail`."""
         found = self.student.breaking(token)
         return [other[len(tail) :] for other in found if len(other) > len(tail) and other.startswith(tail)]
+
+
+def _after_space(text: bytes) -> list[bytes]:
+    """What may come after white space and change how it is cut: most tokenizers draw the last space to a word."""
+    return [b"a", b" ", b"\n"] if text[-1:].isspace() else []
