@@ -123,7 +123,7 @@ class Tables:
     @lru_cache(maxsize=_REMEMBERED)  # noqa: B019 - as long as the tables live
     def is_recut(self, text: bytes, path: tuple[int, ...]) -> bool:
         """Whether the student's first token of a beginning may be another one, once that goes on."""
-        tokens, tail, first = self.student.split(text), text, self.first_of(text)
+        tokens, tail = self.student.split(text), text
         tried = _after_space(text)
         for at, token in enumerate(tokens):
             tail = tail[len(self.student.spelled(token)) :]
@@ -131,19 +131,21 @@ class Tables:
             # What is left of the next one, when that is broken, may come to this one.
             if at + 1 < len(tokens) and not self._are_close(token, tokens[at + 1]):
                 break
-        return any(
-            self.teacher.split(text + added)[: len(path)] == path and self.first_of(text + added) != first
-            for added in tried
-        )
+        return self._is_cut_otherwise(-1, text, path, tried)
 
     @lru_cache(maxsize=_REMEMBERED)  # noqa: B019 - as long as the tables live
     def is_broken(self, before: int, text: bytes, path: tuple[int, ...]) -> bool:
         """Whether what follows a beginning may change how the student cuts it from its token before."""
-        piece, cut = self.student.spelled(before), self.follow(before, text)
+        return self._is_cut_otherwise(before, text, path, self._breaking(before, text) + _after_space(text))
+
+    def _is_cut_otherwise(self, before: int, text: bytes, path: tuple[int, ...], tried: list[bytes]) -> bool:
+        """Whether the student cuts a beginning otherwise after its token before (-1: after none) where one of `tried`
+        follows that the teacher can write after the same tokens of its own."""
+        piece, cut = self.student.spelled(before) if before >= 0 else b"", self.follow(before, text)
         path = (*self.teacher.split(piece), *path)
         return any(
             self.teacher.split(piece + text + added)[: len(path)] == path and self.follow(before, text + added) != cut
-            for added in self._breaking(before, text) + _after_space(text)
+            for added in tried
         )
 
     @lru_cache(maxsize=_REMEMBERED)  # noqa: B019 - as long as the tables live
